@@ -1,0 +1,1 @@
+"""What answers: model files, runtimes, replicas, the edge and offline pipelines."""

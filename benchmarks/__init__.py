@@ -1,0 +1,1 @@
+"""Measurements against other systems; nothing else in the repository imports from here."""

@@ -1,0 +1,1 @@
+"""Where machines come from: a provider lists, adds and removes them; notices say which go."""

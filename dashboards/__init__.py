@@ -1,0 +1,1 @@
+"""What we see: metrics, the queries over them, boards and alerts."""

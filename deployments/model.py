@@ -146,7 +146,8 @@ class Version(_Frozen):
 
     `options` go to the runtime (its file says which it knows). `timeout_ms` is the longest a
     request may take; callers may ask for less. `idempotent: false` forbids the edge to send a
-    request twice. `labels` are names by which callers reach this version ("stable").
+    request twice. `labels` are names by which callers reach this version ("stable"). `probe: false`
+    skips the warm-up and the health probe, for a model that can't take zeros or a short text.
     """
 
     runtime: RuntimeName
@@ -161,6 +162,7 @@ class Version(_Frozen):
     options: dict[str, Any] = Field(default_factory=dict)
     timeout_ms: int = Field(default=60_000, gt=0, le=86_400_000)
     idempotent: bool = True
+    probe: bool = True
 
     @property
     def digest(self) -> str:
@@ -174,22 +176,16 @@ def _text_keys(value: Any) -> Any:
     return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 class ModelFile(_Frozen):
     """A whole model file. `traffic` is percent by version and adds up to 100.
 
-    Without `traffic`, the last version in the file gets everything. `shadow` versions receive
-    copies whose answers are thrown away. `sticky_header` keeps callers that send the same value of
-    that header on one version.
+    Without `traffic`, the last version in the file gets everything. `sticky_header` keeps callers
+    that send the same value of that header on one version.
     """
 
     name: str
     versions: Annotated[dict[str, Version], BeforeValidator(_text_keys)] = Field(min_length=1)
     traffic: Annotated[dict[str, Annotated[int, Field(ge=0, le=100)]], BeforeValidator(_text_keys)]
-    shadow: tuple[Annotated[str, BeforeValidator(_text)], ...] = ()
     slo: Slo | None = None
     scaling: Scaling = Scaling()
     rollout: Rollout = Rollout()
@@ -225,11 +221,10 @@ class ModelFile(_Frozen):
 
     @model_validator(mode="after")
     def _traffic_adds_up(self) -> Self:
-        for field, names in (("traffic", self.traffic), ("shadow", self.shadow)):
-            for name in names:
-                if name not in self.versions:
-                    known = ", ".join(repr(v) for v in self.versions)
-                    raise ValueError(f"{field} names version {name!r}; the file has {known}")
+        for name in self.traffic:
+            if name not in self.versions:
+                known = ", ".join(repr(v) for v in self.versions)
+                raise ValueError(f"traffic names version {name!r}; the file has {known}")
         if sum(self.traffic.values()) != 100:
             raise ValueError(
                 f"traffic adds up to {sum(self.traffic.values())} percent; it must be 100"

@@ -1,0 +1,108 @@
+"""How the front desk sends a held request on to the replica that woke up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+
+from deployments.edge.routing import Server
+from deployments.serving.http import Headers, HttpRequest, HttpResponse, HttpStream
+
+_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"transfer-encoding",
+        b"te",
+        b"trailer",
+        b"upgrade",
+        b"proxy-connection",
+        b"content-length",
+        b"content-type",
+        b"content-encoding",
+        b"date",
+        b"server",
+        b"host",
+        b"accept-encoding",
+    )
+)
+
+
+class Unanswered(Exception):
+    """The replica went away before it answered; the request may be sent elsewhere.
+
+    `was_sent`: whether it may have begun to work on it.
+    """
+
+    def __init__(self, message: str, *, was_sent: bool) -> None:
+        super().__init__(message)
+        self.was_sent = was_sent
+
+
+class Forwarder:
+    """Sends whole requests to replicas; answers come back whole or as a stream."""
+
+    def __init__(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+        self._client = httpx.AsyncClient(limits=limits, trust_env=False)
+
+    async def send(
+        self, request: HttpRequest, server: Server, timeout_s: float
+    ) -> HttpResponse | HttpStream:
+        """The replica's answer. Raises `Unanswered` when there was none."""
+        content_type = request.header(b"content-type") or b"application/json"
+        headers = [(k, v) for k, v in request.headers if k not in _HOP]
+        query = f"?{request.query.decode('latin-1')}" if request.query else ""
+        target = httpx.URL(
+            scheme="http", host=server.host, port=server.port, raw_path=_raw(request.path, query)
+        )
+        outgoing = self._client.build_request(
+            request.method,
+            target,
+            content=request.body,
+            headers=[*headers, (b"content-type", content_type), (b"accept-encoding", b"identity")],
+            timeout=httpx.Timeout(timeout_s, connect=2.0),
+        )
+        try:
+            answer = await self._client.send(outgoing, stream=True)
+        except httpx.ConnectError as error:
+            raise Unanswered(str(error), was_sent=False) from None
+        except httpx.ConnectTimeout as error:
+            raise Unanswered(str(error), was_sent=False) from None
+        except httpx.TransportError as error:
+            raise Unanswered(str(error), was_sent=True) from None
+        return await _relayed(answer)
+
+
+def _raw(path: str, query: str) -> bytes:
+    """The path as it goes on the wire (percent-encoded again)."""
+    return httpx.URL(path=path).raw_path + query.encode("latin-1")
+
+
+async def _relayed(answer: httpx.Response) -> HttpResponse | HttpStream:
+    content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
+    if content_type.startswith(b"text/event-stream"):
+        headers = _kept(answer)
+        return HttpStream(_pieces(answer), answer.status_code, content_type, headers)
+    try:
+        body = await answer.aread()
+    except httpx.TransportError as error:
+        raise Unanswered(str(error), was_sent=True) from None
+    finally:
+        await answer.aclose()
+    return HttpResponse(answer.status_code, body, content_type, _kept(answer))
+
+
+def _kept(answer: httpx.Response) -> Headers:
+    return [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
+
+
+async def _pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_raw():
+            yield piece
+    except httpx.TransportError:
+        return  # the stream had begun: what came is what there is
+    finally:
+        await answer.aclose()

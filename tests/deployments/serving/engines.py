@@ -1,7 +1,7 @@
 """Which small real models do the serving tests talk to?
 
-Each is an `Engine` that computes with numpy, so that an answer can be checked by the same sum in the
-test. `SingleCatalog` is what a replica's catalog looks like: its own version and nothing else.
+Each is an `Engine` that computes with numpy, so that a test can check an answer by the same sum.
+`SingleCatalog` is what a replica's catalog looks like: its own version and nothing else.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class NumpyEngine:
         return InferenceResponse(chosen, id=request.id)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
-        raise InferenceError(Fault.UNIMPLEMENTED, f"model {self.model!r} does not generate text")
+        if not self.generates:
+            raise InferenceError(Fault.UNIMPLEMENTED, f"model {self.model!r} does not generate")
         yield GenerationChunk("")
 
 
@@ -186,12 +187,12 @@ class SingleCatalog:
 
 
 def sum_engine(model: str = "sum", version: str = "3") -> NumpyEngine:
-    """x (rows of 3 numbers) -> total, and the label b"row N"."""
+    """From x (rows of 3 numbers): total, and the label b"row N"."""
     return NumpyEngine(SUM, _sum, model=model, version=version)
 
 
 def classes_engine(model: str = "colours", version: str = "1") -> NumpyEngine:
-    """x (rows of 3 numbers) -> the same numbers as scores of red, green and blue."""
+    """From x (rows of 3 numbers): the same numbers as scores of red, green and blue."""
     return NumpyEngine(CLASSES, lambda t: {"scores": t["x"]}, model=model, version=version)
 
 

@@ -275,7 +275,7 @@ class _Connection(asyncio.Protocol):
         self.uses_left = run.load.reuse_max or sys.maxsize
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+        self.transport = cast("asyncio.Transport", transport)
         self.send()
 
     def send(self) -> None:

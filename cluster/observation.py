@@ -46,7 +46,8 @@ class Revision:
     """One version with one spec, as long as Shoal keeps it; times are UNIX seconds.
 
     `retired_s`: when it stopped being wanted, None while it is. `failed_row`: the history line
-    under which it failed to load; a newer line tries again.
+    under which it failed to load; a newer line tries again. `is_unloaded`: somebody asked to give
+    its replicas back; a load or a request wakes it.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Revision:
     reason: str = ""
     signature: Signature | None = None
     generates: bool = False
+    is_unloaded: bool = False
 
     @property
     def backend(self) -> str:

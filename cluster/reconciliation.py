@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.observation import (
     AppState,
@@ -103,12 +104,20 @@ def reconcile(snapshot: Snapshot, memory: Memory) -> Step:
 
 def woken(memory: Memory, backend: str, now_s: float) -> Memory:
     """`memory` after a request has come for a sleeping `backend`."""
+    return _with(memory, backend, last_request_s=now_s, is_unloaded=False)
+
+
+def unloaded(memory: Memory, backend: str) -> Memory:
+    """`memory` after somebody asked to give the replicas of `backend` back."""
+    return _with(memory, backend, is_unloaded=True)
+
+
+def _with(memory: Memory, backend: str, **changes: Any) -> Memory:
     revision = memory.revisions.get(backend)
     if revision is None:
         return memory
     return replace(
-        memory,
-        revisions={**memory.revisions, backend: replace(revision, last_request_s=now_s)},
+        memory, revisions={**memory.revisions, backend: replace(revision, **changes)}
     )
 
 
@@ -309,6 +318,8 @@ def _waits_for_room(revision: Revision, snapshot: Snapshot) -> bool:
 
 
 def _count(revision: Revision, scaling: Scaling, now_s: float) -> int:
+    if revision.is_unloaded:
+        return 0
     idle_s = scaling.idle_to_zero_s
     if idle_s is None and scaling.replicas_min == 0:
         idle_s = IDLE_TO_ZERO_S

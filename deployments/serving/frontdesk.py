@@ -32,7 +32,7 @@ from deployments.serving.forwarding import Forwarder, Unanswered
 from deployments.serving.holding import View, WaitingRoom
 from deployments.serving.http import HttpRequest, HttpResponse, HttpStream, Route
 from deployments.serving.listener import Listener
-from deployments.serving.meter import DeskMeter, Meters
+from deployments.serving.meter import DeskMeter, process_meters
 from deployments.serving.protocols import oip, openai, tfserving
 from deployments.serving.protocols.oip_grpc import start_server
 from deployments.serving.reports import CONTROLLER, DESK, NAMESPACE, ReplicaState, Report
@@ -68,7 +68,7 @@ class FrontDesk:
 
     async def _open(self) -> None:
         order = self._order
-        self._meter = DeskMeter(Meters.desk())
+        self._meter = DeskMeter(process_meters())
         self._room = WaitingRoom(order.held_requests_max, self._wake)
         self._catalog = ClusterCatalog(self._switch)
         self._forwarder = Forwarder()

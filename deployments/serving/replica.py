@@ -29,7 +29,7 @@ from deployments.serving.application import Application
 from deployments.serving.catalog import OwnCatalog
 from deployments.serving.engine import ReplicaEngine
 from deployments.serving.listener import Listener
-from deployments.serving.meter import Meter, Meters
+from deployments.serving.meter import ReplicaMeter, process_meters
 from deployments.serving.protocols.oip import OpenInference
 from deployments.serving.protocols.oip_grpc import start_server
 from deployments.serving.protocols.openai import OpenAI
@@ -68,7 +68,7 @@ class Replica:
         self._application: Application | None = None
         self._server: Server | None = None
         self._load_s = 0.0
-        self._meter = Meter(Meters.replica(), order.model, order.version)
+        self._meter = ReplicaMeter(process_meters(), order.model, order.version)
         self._reporter = reporter.Reporter(self._report)
         self._reporter.start()
         self._listener = Listener()

@@ -183,9 +183,11 @@ class Application:
         if message["type"] == "http.disconnect":
             raise _GoneError
         body: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            return body
-        return await self._rest(body, receive)
+        if message.get("more_body", False):
+            return await self._rest(body, receive)
+        if len(body) > self._body_bytes_max:
+            raise self._too_large()
+        return body
 
     async def _rest(self, first: bytes, receive: Receive) -> bytes:
         """The whole of a body that comes in several messages."""

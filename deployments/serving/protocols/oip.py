@@ -15,7 +15,7 @@ the routes of `INFERENCE_TEMPLATES` are left to whoever holds such requests.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -101,7 +101,7 @@ class OpenInference:
     """The dialect. `server_name` is what clients read as the server's name."""
 
     name = "openinference"
-    prefixes = ("/v2",)
+    prefixes: Sequence[str] = ("/v2",)
 
     def __init__(
         self,

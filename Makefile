@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
+VLLM := $(or $(findstring llm-gpu,$(EXTRAS)),llm-cpu)
 
 .PHONY: help demo test check format setup lock docs bench clean
 
@@ -13,11 +14,11 @@ help:  ## these lines
 		while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
 demo:  ## set up, start a cluster here, deploy the examples and ask each one something (LLM=1: chat too)
-	@scripts/setup examples $(if $(LLM),$(if $(findstring llm-gpu,$(EXTRAS)),,llm-cpu))
+	@scripts/setup examples $(if $(LLM),$(VLLM))
 	@$(PY) -m cluster demo $(if $(LLM),--llm)
 
 test:  ## set up and run every test, those with a real cluster and with vLLM too
-	@scripts/setup examples llm-cpu dev
+	@scripts/setup examples $(VLLM) dev
 	@$(PY) -m pytest $(ARGS)
 
 check:  ## set up and run what is fast: ruff, mypy, tests without a cluster

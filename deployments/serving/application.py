@@ -17,6 +17,7 @@ import asyncio
 import hmac
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -48,11 +49,13 @@ _PRINTABLE = re.compile(rb"[!-~]{1,128}")
 class Application:
     """An ASGI application over the dialects' routes.
 
-    `ongoing` counts the requests that are being answered, so that a drain can wait for none.
-    A dialect may have a `name`: requests with that `x-shoal-dialect` look in its routes first
-    (the edge's TF Serving listener says `tensorflow`); and `ignores_case` for its paths.
-    `engine` None: the dialects answer from the catalog, for many models. `routes`: others, such as
-    the admin API; their errors are `{"error": …}`.
+    `engine` None: the dialects answer from the catalog, for many models. `routes`: others beside
+    the dialects'; below a dialect's prefix, their errors have its form. `ongoing` counts the
+    requests that are being answered, so that a drain can wait for none. `observe(protocol, fault,
+    seconds)` hears of each POST to a dialect that was answered (fault None) or refused.
+
+    A dialect may have a `name`: requests with that `x-shoal-dialect` look in its routes first (the
+    edge's TF Serving listener says `tensorflow`); and `ignores_case` for its paths.
     """
 
     def __init__(
@@ -65,24 +68,23 @@ class Application:
         edge_token: str | None = None,
         body_bytes_max: int = BODY_BYTES_MAX,
         routes: Sequence[Route] = (),
+        observe: Callable[[str, Fault | None, float], None] | None = None,
     ) -> None:
         self.catalog = catalog
         self.ongoing = 0
+        self._observe = observe
         self._ready = ready
         self._token = None if edge_token is None else edge_token.encode()
         self._body_bytes_max = body_bytes_max
         self._clients = Disconnects()
-        own = RouteGroup([*self._own_routes(), *routes], error_response)
-        groups = {id(d): _group(d) for d in dialects}
-        self._table = RouteTable([own, *groups.values()], engine)
+        self._dialects = _by_prefix(dialects)
+        self._named = {d.name.encode(): d for d in dialects if hasattr(d, "name")}
+        first = [RouteGroup(self._own_routes(), error_response)]
+        first += [_plain_group(route, self._owner(route.template)) for route in routes]
+        rest = [_group(d) for d in dialects]
+        self._table = RouteTable([*first, *rest], engine)
         self._tables = {
-            name.encode(): RouteTable([own, groups[id(d)], *groups.values()], engine)
-            for d in dialects
-            if (name := getattr(d, "name", None))
-        }
-        self._forms = _error_forms(dialects)
-        self._forms_by_name = {
-            name.encode(): d.error for d in dialects if (name := getattr(d, "name", None))
+            name: RouteTable([*first, _group(d), *rest], engine) for name, d in self._named.items()
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,24 +101,30 @@ class Application:
         headers = dict(scope["headers"])
         target: Target | None = None
         waiting: Waiting | None = None
+        start_s = 0.0  # when the whole request was there
+        fault: Fault | None = None
         try:
             try:
                 if self._token is not None:
                     self._check_edge(headers, scope["path"])
                 target = self._target(scope, headers)
                 request = await self._request(scope, receive, headers, target)
+                start_s = time.perf_counter()
                 waiting = self._clients.enter(receive)
                 answer = await target.handler(request)
             except InferenceError as error:
-                answer = self._form(scope, headers, target)(error)
-                if error.fault is Fault.METHOD_NOT_ALLOWED:
-                    answer.headers = [*answer.headers, (b"allow", self._allowed(scope, headers))]
+                fault = error.fault
+                answer = self._refusal(scope, headers, target, error)
             except Exception:  # noqa: BLE001  # the last resort: nobody hears of our insides
-                answer = self._failed(scope, headers, target)
-            if type(answer) is HttpResponse:
-                await self._send(scope, headers, answer, send)
+                fault = Fault.INTERNAL
+                answer = self._failure(scope, headers, target)
+            if isinstance(answer, HttpResponse):
+                await self._send(headers, answer, send)
             else:
-                await self._stream(headers, answer, send)  # type: ignore[arg-type]
+                await self._stream(headers, answer, send)
+            if self._observe is not None and target is not None and target.protocol:
+                seconds = time.perf_counter() - start_s if start_s else 0.0
+                self._observe(target.protocol, fault, seconds)
         except asyncio.CancelledError:
             if waiting is None or not waiting.is_gone:
                 raise
@@ -152,9 +160,6 @@ class Application:
     def _table_for(self, headers: Mapping[bytes, bytes]) -> RouteTable:
         dialect = headers.get(b"x-shoal-dialect")
         return self._table if dialect is None else self._tables.get(dialect, self._table)
-
-    def _allowed(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bytes:
-        return ", ".join(_with_head(self._table_for(headers).find(scope["path"]))).encode()
 
     async def _request(
         self, scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], target: Target
@@ -216,16 +221,33 @@ class Application:
         """How errors look: as the target's dialect has them, else as the path's owner does."""
         if target is not None:
             return target.error
-        named = self._forms_by_name.get(headers.get(b"x-shoal-dialect", b""))
-        if named is not None:
-            return named
-        path = scope["path"]
-        for prefix, form in self._forms:
-            if path == prefix or path.startswith(f"{prefix}/"):
-                return form
-        return error_response
+        dialect = self._named.get(headers.get(b"x-shoal-dialect", b""))
+        owner = dialect or self._owner(scope["path"])
+        return error_response if owner is None else owner.error
 
-    def _failed(
+    def _owner(self, path: str) -> Dialect | None:
+        """The dialect below whose longest prefix the path lies."""
+        for prefix, dialect in self._dialects:
+            if path == prefix or path.startswith(f"{prefix}/"):
+                return dialect
+        return None
+
+    def _refusal(
+        self,
+        scope: Scope,
+        headers: Mapping[bytes, bytes],
+        target: Target | None,
+        error: InferenceError,
+    ) -> HttpResponse:
+        """The answer when a request can't be answered, in its dialect's form."""
+        answer = self._form(scope, headers, target)(error)
+        if target is None and error.fault is Fault.METHOD_NOT_ALLOWED:
+            methods = self._table_for(headers).find(scope["path"])
+            allowed = ", ".join(_with_head(methods)).encode()
+            answer.headers = [*answer.headers, (b"allow", allowed)]
+        return answer
+
+    def _failure(
         self, scope: Scope, headers: Mapping[bytes, bytes], target: Target | None
     ) -> HttpResponse:
         """The answer when a handler broke; its traceback goes to the log."""
@@ -234,9 +256,7 @@ class Application:
         error = InferenceError(Fault.INTERNAL, "internal error; the server's log says more")
         return self._form(scope, headers, target)(error)
 
-    async def _send(
-        self, scope: Scope, headers: Mapping[bytes, bytes], answer: HttpResponse, send: Send
-    ) -> None:
+    async def _send(self, headers: Mapping[bytes, bytes], answer: HttpResponse, send: Send) -> None:
         body = answer.body
         coding = None
         if len(body) >= COMPRESS_BYTES_MIN:
@@ -251,7 +271,8 @@ class Application:
 
     async def _stream(self, headers: Mapping[bytes, bytes], answer: HttpStream, send: Send) -> None:
         sent = _sent_headers(headers, answer, None)
-        sent.append((b"cache-control", b"no-cache"))
+        if not any(name == b"cache-control" for name, _ in answer.headers):
+            sent.append((b"cache-control", b"no-cache"))
         try:
             await send({"type": "http.response.start", "status": answer.status, "headers": sent})
             async for piece in answer.pieces:
@@ -282,13 +303,25 @@ class _GoneError(Exception):
 
 
 def _group(dialect: Dialect) -> RouteGroup:
-    return RouteGroup(dialect.routes(), dialect.error, getattr(dialect, "ignores_case", False))
+    return RouteGroup(
+        dialect.routes(),
+        dialect.error,
+        getattr(dialect, "ignores_case", False),
+        getattr(dialect, "name", ""),
+    )
 
 
-def _error_forms(dialects: Sequence[Dialect]) -> list[tuple[str, ErrorForm]]:
-    """Which error form a path has by its prefix, the longest first."""
-    forms = [(prefix.rstrip("/"), d.error) for d in dialects for prefix in d.prefixes]
-    return sorted(forms, key=lambda form: -len(form[0]))
+def _plain_group(route: Route, owner: Dialect | None) -> RouteGroup:
+    """A route that no dialect brought, in the form of the dialect whose paths it joins."""
+    if owner is None:
+        return RouteGroup([route], error_response)
+    return RouteGroup([route], owner.error, getattr(owner, "ignores_case", False))
+
+
+def _by_prefix(dialects: Sequence[Dialect]) -> list[tuple[str, Dialect]]:
+    """Which dialect owns which paths, the longest prefix first."""
+    owners = [(prefix.rstrip("/"), d) for d in dialects for prefix in d.prefixes]
+    return sorted(owners, key=lambda owner: -len(owner[0]))
 
 
 def _with_head(methods: Mapping[str, Target]) -> list[str]:
@@ -303,7 +336,9 @@ def _sent_headers(
         sent.append((b"content-length", length))
     sent += answer.headers
     request_id = headers.get(b"x-request-id")
-    if request_id is not None and _PRINTABLE.fullmatch(request_id):
+    if request_id is None or any(name == b"x-request-id" for name, _ in answer.headers):
+        return sent
+    if _PRINTABLE.fullmatch(request_id):
         sent.append((b"x-request-id", request_id))
     return sent
 

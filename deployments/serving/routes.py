@@ -21,11 +21,15 @@ ErrorForm = Callable[[InferenceError], HttpResponse]
 
 
 class Target(NamedTuple):
-    """What answers a request, the template's values, and how its errors look."""
+    """What answers a request, the template's values, and how its errors look.
+
+    `protocol` is the name under which requests for it are counted, "" where they are not.
+    """
 
     handler: Handler
     parameters: Mapping[str, str]
     error: ErrorForm
+    protocol: str = ""
 
 
 class RouteGroup(NamedTuple):
@@ -34,6 +38,7 @@ class RouteGroup(NamedTuple):
     routes: Iterable[Route]
     error: ErrorForm
     ignores_case: bool = False
+    protocol: str = ""
 
 
 Methods = dict[str, Target]
@@ -45,7 +50,7 @@ class RouteTable:
     def __init__(self, groups: Iterable[RouteGroup], engine: Engine | None) -> None:
         self._exact: dict[str, Methods] = {}
         self._patterns: list[tuple[re.Pattern[str], Methods]] = []
-        groups = [RouteGroup(list(routes), error, case) for routes, error, case in groups]
+        groups = [group._replace(routes=list(group.routes)) for group in groups]
         for group in groups:
             self._add_fixed(group)
         for group in groups:
@@ -71,7 +76,7 @@ class RouteTable:
         """Paths without parts come first: a model named "stats" does not hide the statistics."""
         for route in group.routes:
             if "{" not in route.template:
-                self._add_exact(route.template, route, {}, group.error)
+                self._add_exact(route.template, route, {}, group)
 
     def _add_templates(self, group: RouteGroup, engine: Engine | None) -> None:
         for route in group.routes:
@@ -79,7 +84,7 @@ class RouteTable:
                 continue
             flags = re.IGNORECASE if group.ignores_case else re.NOFLAG
             pattern = re.compile(_expression(route.template), flags)
-            self._patterns.append((pattern, {route.method: Target(route.handler, {}, group.error)}))
+            self._patterns.append((pattern, {route.method: _target(route, {}, group)}))
             if engine is None:
                 continue
             own = {"model": engine.model, "version": engine.version}
@@ -88,13 +93,19 @@ class RouteTable:
             for part, value in values.items():
                 path = path.replace(f"{{{part}}}", value)
             if "{" not in path:
-                self._add_exact(path, route, values, group.error)
+                self._add_exact(path, route, values, group)
 
     def _add_exact(
-        self, path: str, route: Route, values: Mapping[str, str], error: ErrorForm
+        self, path: str, route: Route, values: Mapping[str, str], group: RouteGroup
     ) -> None:
-        target = Target(route.handler, values, error)
+        target = _target(route, values, group)
         self._exact.setdefault(path, {}).setdefault(route.method, target)
+
+
+def _target(route: Route, values: Mapping[str, str], group: RouteGroup) -> Target:
+    """Only what is posted is counted: reading about models is no work of theirs."""
+    protocol = group.protocol if route.method == "POST" else ""
+    return Target(route.handler, values, group.error, protocol)
 
 
 def _expression(template: str) -> str:

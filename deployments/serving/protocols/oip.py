@@ -28,6 +28,7 @@ from deployments.inference import (
     GenerationRequest,
     InferenceError,
 )
+from deployments.serving.deadlines import sooner
 from deployments.serving.http import (
     Handler,
     HttpRequest,
@@ -43,7 +44,6 @@ from deployments.serving.protocols.oip_messages import (
     checked_id,
     checked_parameters,
     parsed,
-    sooner,
     write,
 )
 from deployments.serving.protocols.tensors import invalid
@@ -100,7 +100,7 @@ def error_response(error: InferenceError) -> HttpResponse:
 class OpenInference:
     """The dialect. `server_name` is what clients read as the server's name."""
 
-    name = "openinference"
+    name = "oip"
     prefixes: Sequence[str] = ("/v2",)
 
     def __init__(
@@ -364,7 +364,7 @@ def _generation(engine: Engine, request: HttpRequest) -> GenerationRequest:
     options = {**beside, **generation_parameters(document.get("parameters"))}
     options.pop("stream", None)  # the path says which
     options.pop("details", None)  # they always come
-    timeout_us = checked_parameters({"timeout": options.pop("timeout", 0)})["timeout"]
+    timeout_us = int(checked_parameters({"timeout": options.pop("timeout", 0)})["timeout"])
     return GenerationRequest(
         document["text_input"],
         max_tokens=checked_max_tokens(options.pop("max_tokens", None)),

@@ -10,7 +10,6 @@ mix JSON and raw tensors as the request asks, output by output.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -30,6 +29,7 @@ from deployments.inference import (
     Tensor,
     Tensors,
 )
+from deployments.serving.deadlines import sooner
 from deployments.serving.http import HttpResponse
 from deployments.serving.protocols import tensors
 from deployments.serving.protocols.tensors import Inputs, invalid
@@ -105,7 +105,7 @@ class Reader:
         if type(document) is not dict:
             raise invalid("the request must be a JSON object with inputs")
         parameters = checked_parameters(document.get("parameters"))
-        timeout_us = parameters.pop("timeout", 0) if parameters else 0
+        timeout_us = int(parameters.pop("timeout", 0)) if parameters else 0
         names, reply = self._read_outputs(document.get("outputs"), parameters)
         request = InferenceRequest(
             self._read_inputs(document.get("inputs"), binary),
@@ -214,14 +214,6 @@ def checked_parameters(parameters: Any) -> Parameters:
         elif name.startswith("triton_"):
             raise invalid(f"parameter {name!r} begins with the reserved 'triton_'")
     return parameters
-
-
-def sooner(deadline_s: float | None, timeout_us: Any) -> float | None:
-    """The earlier of a deadline and a timeout from now; 0 = no timeout."""
-    if not timeout_us:
-        return deadline_s
-    timeout_s: float = time.monotonic() + timeout_us / 1e6
-    return timeout_s if deadline_s is None else min(deadline_s, timeout_s)
 
 
 def write(engine: Engine, response: InferenceResponse, reply: Reply) -> HttpResponse:

@@ -27,6 +27,7 @@ LIMIT = 4096
 class Parrot:
     """A dialect whose handlers show what the application gave them."""
 
+    name = "parrot"
     prefixes: Sequence[str] = ("/parrot", "/parrot/quiet")
 
     def __init__(self) -> None:
@@ -121,12 +122,14 @@ class Served:
     parrot: Parrot
     live: Live
     http: httpx.Client
+    seen: list[tuple[str, Fault | None, float]]
 
 
 @contextmanager
 def served(
     *, edge_token: str | None = None, routes: Sequence[Route] = (), ready: bool = True
 ) -> Iterator[Served]:
+    seen: list[tuple[str, Fault | None, float]] = []
     parrot = Parrot()
     engine = sum_engine(model="polly", version="7")
     application = Application(
@@ -137,9 +140,10 @@ def served(
         edge_token=edge_token,
         body_bytes_max=LIMIT,
         routes=routes,
+        observe=lambda *figures: seen.append(figures),
     )
     with live(application) as server, httpx.Client(base_url=server.url) as http:
-        yield Served(application, parrot, server, http)
+        yield Served(application, parrot, server, http, seen)
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +318,27 @@ def test_plain_routes_are_served_too() -> None:
     with served(routes=[Route("GET", "/docs", docs)]) as there:
         assert there.http.get("/docs").headers["content-type"] == "text/html"
         assert there.http.post("/docs").json()["error"].startswith("POST is not possible")
+
+
+def test_a_plain_route_below_a_dialects_prefix_fails_in_its_form() -> None:
+    async def hold(request: HttpRequest) -> HttpResponse:
+        raise InferenceError(Fault.OVERLOADED, f"no place for {request.parameters['model']}")
+
+    with served(routes=[Route("POST", "/hawk/{model}:Catch", hold)]) as there:
+        assert there.http.post("/hawk/mouse:catch").text == "screech"
+
+
+def test_what_is_posted_to_a_dialect_is_observed_with_its_fault() -> None:
+    with served() as there:
+        for path in ("echo", "busy", "broken"):
+            there.http.post(f"/parrot/{path}")
+        there.http.post("/parrot/echo", content=b"x" * (LIMIT + 1))
+        there.http.get("/parrot/of/polly")
+        there.http.get("/healthz")
+        eventually(lambda: there.application.ongoing == 0)
+        faults = [None, Fault.OVERLOADED, Fault.INTERNAL, Fault.TOO_LARGE]
+        assert [(p, f) for p, f, _ in there.seen] == [("parrot", f) for f in faults]
+        assert all(0 <= seconds < 10 for _, _, seconds in there.seen)
 
 
 def begin(here: Served, path: str) -> socket.socket:

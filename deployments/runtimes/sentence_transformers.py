@@ -98,7 +98,8 @@ def _folder(weights: Path | None) -> Path:
         raise LoadError(f"source: {weights} does not exist")
     if not weights.is_dir() or not (weights / "config.json").is_file():
         raise LoadError(
-            f"source: {weights} must be a folder with config.json, as sentence-transformers saves it"
+            f"source: {weights} must be a folder with config.json, "
+            "as sentence-transformers saves it"
         )
     return weights
 

@@ -1,4 +1,4 @@
 """Words that give a sentence its mood."""
 
-GOOD = frozenset("good great happy calm bright love sunny delighted".split())
-SAD = frozenset("bad sad angry dark hate grey tired lost".split())
+GOOD = frozenset(["good", "great", "happy", "calm", "bright", "love", "sunny", "delighted"])
+SAD = frozenset(["bad", "sad", "angry", "dark", "hate", "grey", "tired", "lost"])

@@ -120,7 +120,7 @@ class Administration:
                 valid.setdefault(item.key_id, []).append(item.expires_s)
         return [
             {**asdict(key), "models": list(key.models), "secrets": len(valid.get(key.id, []))}
-            for key in self._store.keys()
+            for key in self._store.all_keys()
         ]
 
     def key_create(self, arguments: Arguments, actor: str) -> Any:
@@ -147,7 +147,7 @@ class Administration:
     def key_revoke(self, arguments: Arguments, actor: str) -> Any:
         """End a key at once. The last admin key stays, or nobody could make another."""
         key = self._key(str(arguments.get("key")))
-        admins = [k for k in self._store.keys() if k.role == "admin" and k.revoked_s is None]
+        admins = [k for k in self._store.all_keys() if k.role == "admin" and k.revoked_s is None]
         if admins == [key]:
             raise Refused(Fault.CONFLICT, f"{key.name!r} is the last admin key; create one first")
         self._store.revoke_key(key.id, self._now_s())
@@ -180,7 +180,7 @@ class Administration:
         self._store.record(actor, action, target, detail, self._now_s())
 
     def _key(self, wanted: str) -> Key:
-        for key in self._store.keys():
+        for key in self._store.all_keys():
             if wanted in (key.id, key.name) and key.revoked_s is None:
                 return key
         raise Refused(Fault.NOT_FOUND, f"there is no key {wanted!r} (shoal keys list shows them)")

@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from deployments.edge.routing import EdgeSettings, Listener
+
 
 class ConfigError(ValueError):
     """A setting that can't be used; the message names it, its value and what would be right."""
@@ -31,7 +33,8 @@ class ConfigError(ValueError):
 class Settings:
     """One cluster's settings.
 
-    `host` is the address that edges and replicas bind; `port` 0 = any free one. `cpus` is how much
+    `host` is the address that edges and replicas bind; a port of 0 = any free one. `metrics_port`
+    answers for the whole node, `edge_metrics_port` is HAProxy's part of it. `cpus` is how much
     work the embedded node takes on in Ray's books (None: 4 for each core, at least 16: small models
     share cores). `registry` and `store` are SQLAlchemy URLs, empty = SQLite in the home folder.
     """
@@ -41,6 +44,7 @@ class Settings:
     port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    edge_metrics_port: int = 0
     tensorflow_port: int | None = None
     https_port: int | None = None
     tls_pem: Path | None = None
@@ -111,6 +115,24 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **extra}
 
 
+def edge_settings(settings: Settings, edge_token: str) -> EdgeSettings:
+    """What the edge is told once, of the cluster's settings."""
+
+    def listener(port: int | None) -> Listener | None:
+        return None if port is None else Listener(settings.host, port)
+
+    return EdgeSettings(
+        http=Listener(settings.host, settings.port),
+        token=edge_token,
+        grpc=listener(settings.grpc_port),
+        tensorflow=listener(settings.tensorflow_port),
+        metrics=Listener("127.0.0.1", settings.edge_metrics_port),
+        https=listener(settings.https_port),
+        tls_pem=str(settings.tls_pem) if settings.tls_pem else None,
+        retry_body_bytes_max=settings.retry_body_kb * 1024,
+    )
+
+
 def _document(file: Path) -> Mapping[str, Any]:
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -172,7 +194,14 @@ def _word(kind: str) -> str:
 
 
 def _consistent(settings: Settings) -> Settings:
-    for name in ("port", "grpc_port", "metrics_port", "tensorflow_port", "https_port"):
+    for name in (
+        "port",
+        "grpc_port",
+        "metrics_port",
+        "edge_metrics_port",
+        "tensorflow_port",
+        "https_port",
+    ):
         port = getattr(settings, name)
         if port is not None and not 0 <= port <= 65535:
             raise ConfigError(f"setting {name} must be a port from 0 to 65535, not {port}")

@@ -228,7 +228,7 @@ class Controller:
         now_s = time.time()
         routing = Routing(
             models=step.routes,
-            keys=access_keys.routes(self._store.keys(), self._store.key_hashes(), now_s),
+            keys=access_keys.routes(self._store.all_keys(), self._store.key_hashes(), now_s),
             desks=tuple(sorted((d for d in desks if d), key=lambda d: d.name)),
             needs_key=self._settings.needs_key,
         )
@@ -339,7 +339,9 @@ class Controller:
         """A model as operators see it."""
         entry = self._store.in_force()[name]
         shift = self._memory.shifts.get(name)
-        status = next((s for s in (self._last.statuses if self._last else ()) if s.name == name), None)
+        status = next(
+            (s for s in (self._last.statuses if self._last else ()) if s.name == name), None
+        )
         reports = [h.report for h in self._heard.values() if _is_of(h.report, name)]
         is_current = shift is not None and shift.row == entry.id
         return {
@@ -347,7 +349,7 @@ class Controller:
             "row": entry.id,
             "is_settled": bool(shift and is_current and (shift.is_done or shift.halted)),
             "halted": shift.halted if shift and is_current else "",
-            "traffic": {b: p for b, p in shift.effective.items()} if shift else {},
+            "traffic": dict(shift.effective) if shift else {},
             "wanted_traffic": (entry.document or {}).get("traffic", {}),
             "versions": [
                 {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from deployments.inference import Signature
 from deployments.model import ModelFile, Version
-from deployments.serving.reports import Report, ReplicaState
+from deployments.serving.reports import ReplicaState, Report
 
 
 class AppState(enum.Enum):

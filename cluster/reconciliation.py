@@ -15,7 +15,7 @@ It does not choose how many replicas the load needs; that is `autoscaler`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from cluster.observation import (
 from deployments.edge.routing import ModelRoute, VersionRoute
 from deployments.inference import ModelStatus, Statistics, VersionState, VersionStatus
 from deployments.model import ModelFile, Rollout, Scaling, Version
-from deployments.serving.reports import ReplicaState
+from deployments.serving.reports import ReplicaState, Report
 
 IDLE_TO_ZERO_S = 300.0
 """After which a model with `replicas_min: 0` sleeps when it does not say itself."""
@@ -91,14 +91,16 @@ def reconcile(snapshot: Snapshot, memory: Memory) -> Step:
     revisions = _retired(revisions, shifts, snapshot)
     counts = _counts(revisions, snapshot)
     kept = {backend: revisions[backend] for backend in counts}
-    for backend, revision in revisions.items():
-        if revision.failed_row is not None and revision.retired_s is None:
-            kept[backend] = revision  # remembered for its reason, not run
+    kept |= {  # remembered for their reason, not run
+        backend: revision
+        for backend, revision in revisions.items()
+        if revision.failed_row is not None and revision.retired_s is None
+    }
     return Step(
         memory=Memory(kept, shifts),
         commands=tuple(_commands(kept, counts, snapshot)),
         routes=tuple(_routes(snapshot, shifts, kept)),
-        statuses=tuple(_statuses(snapshot, shifts, kept)),
+        statuses=tuple(_statuses(snapshot, shifts, kept, counts)),
     )
 
 
@@ -116,9 +118,7 @@ def _with(memory: Memory, backend: str, **changes: Any) -> Memory:
     revision = memory.revisions.get(backend)
     if revision is None:
         return memory
-    return replace(
-        memory, revisions={**memory.revisions, backend: replace(revision, **changes)}
-    )
+    return replace(memory, revisions={**memory.revisions, backend: replace(revision, **changes)})
 
 
 def _backends(wanted: Wanted) -> dict[str, str]:
@@ -276,16 +276,19 @@ def _retired(
     """Mark who carries traffic, and since when the others are not wanted."""
     named = {b for wanted in snapshot.wanted.values() for b in _backends(wanted).values()}
     serving = {b for shift in shifts.values() for b in shift.effective}
-    result = {}
-    for backend, revision in revisions.items():
-        if backend in serving and not revision.had_traffic:
-            revision = replace(revision, had_traffic=True)
-        if backend in named | serving:
-            revision = replace(revision, retired_s=None) if revision.retired_s else revision
-        elif revision.retired_s is None:
-            revision = replace(revision, retired_s=snapshot.now_s)
-        result[backend] = revision
-    return result
+    return {
+        backend: _placed(revision, backend in named, backend in serving, snapshot.now_s)
+        for backend, revision in revisions.items()
+    }
+
+
+def _placed(revision: Revision, is_named: bool, is_serving: bool, now_s: float) -> Revision:
+    if is_serving and not revision.had_traffic:
+        revision = replace(revision, had_traffic=True)
+    is_wanted = is_named or is_serving
+    if is_wanted != (revision.retired_s is None):
+        return replace(revision, retired_s=None if is_wanted else now_s)
+    return revision
 
 
 def _counts(revisions: Mapping[str, Revision], snapshot: Snapshot) -> dict[str, int]:
@@ -335,9 +338,7 @@ def _commands(
     for backend, count in counts.items():
         revision, app = revisions[backend], snapshot.apps.get(backend)
         if app is None:
-            commands.append(
-                Deploy(backend, revision.model, revision.version, revision.spec, count)
-            )
+            commands.append(Deploy(backend, revision.model, revision.version, revision.spec, count))
         elif app.state is not AppState.DELETING and app.replicas != count:
             commands.append(Scale(backend, count))
     for backend, app in snapshot.apps.items():
@@ -416,13 +417,23 @@ def _version_route(
 
 
 def _statuses(
-    snapshot: Snapshot, shifts: Mapping[str, Shift], revisions: Mapping[str, Revision]
+    snapshot: Snapshot,
+    shifts: Mapping[str, Shift],
+    revisions: Mapping[str, Revision],
+    counts: Mapping[str, int],
 ) -> list[ModelStatus]:
     return [
         ModelStatus(
             name,
             tuple(
-                _status(wanted, version, backend, shifts[name], revisions, snapshot)
+                _status(
+                    wanted.file.versions[version],
+                    version,
+                    revisions.get(backend),
+                    _share(version, shifts[name], revisions),
+                    snapshot.of(backend),
+                    counts.get(backend),
+                )
                 for version, backend in _backends(wanted).items()
             ),
         )
@@ -430,45 +441,47 @@ def _statuses(
     ]
 
 
+def _share(version: str, shift: Shift, revisions: Mapping[str, Revision]) -> int:
+    """The percent of traffic that a version has now, whatever its revision."""
+    return sum(p for b, p in shift.effective.items() if revisions[b].version == version)
+
+
 def _status(
-    wanted: Wanted,
+    spec: Version,
     version: str,
-    backend: str,
-    shift: Shift,
-    revisions: Mapping[str, Revision],
-    snapshot: Snapshot,
+    revision: Revision | None,
+    percent: int,
+    reports: Sequence[Report],
+    count: int | None,
 ) -> VersionStatus:
-    spec, revision = wanted.file.versions[version], revisions.get(backend)
-    reports = snapshot.of(backend)
-    shares = [p for b, p in shift.effective.items() if revisions[b].version == version]
+    ready = any(r.state is ReplicaState.READY for r in reports)
     return VersionStatus(
         version=version,
-        state=_state(revision, backend, snapshot),
+        state=_state(revision, ready, count),
         signature=revision.signature if revision else None,
         reason=revision.reason if revision else "",
         created_s=int(revision.created_s) if revision else 0,
         labels=spec.labels,
-        percent=sum(shares),
+        percent=percent,
         generates=revision.generates if revision else False,
         batch_size_max=spec.batching.batch_size_max,
         statistics=_summed([r.statistics for r in reports]),
     )
 
 
-def _state(revision: Revision | None, backend: str, snapshot: Snapshot) -> VersionState:
+def _state(revision: Revision | None, is_ready: bool, count: int | None) -> VersionState:
     if revision is not None and revision.failed_row is not None:
         return VersionState.FAILED
-    if snapshot.ready(backend):
-        return VersionState.READY
-    app = snapshot.apps.get(backend)
-    if revision is not None and revision.was_ready and app is not None and app.replicas == 0:
+    if revision is not None and revision.was_ready and count == 0:
         return VersionState.IDLE
-    return VersionState.STARTING
+    return VersionState.READY if is_ready else VersionState.STARTING
 
 
 def _summed(parts: list[Statistics]) -> Statistics:
     """The statistics of several replicas as those of one."""
-    names = [n for n in Statistics.__dataclass_fields__ if n not in ("batches", "last_inference_ms")]
+    names = [
+        n for n in Statistics.__dataclass_fields__ if n not in ("batches", "last_inference_ms")
+    ]
     sums = {n: sum(getattr(p, n) for p in parts) for n in names}
     batches: dict[int, tuple[int, int]] = {}
     for size, count, spent_ns in (b for p in parts for b in p.batches):

@@ -23,7 +23,7 @@ from deployments.serving.reports import DESK
 
 DEPLOYMENT = "replica"
 CONSTRUCTOR_ATTEMPTS = 3
-"""How often Serve starts a replica that crashes while it loads. (A `LoadError` is final at once.)"""
+"""How often Serve starts a replica that crashes while it loads; a `LoadError` is final at once."""
 
 _STATES = {
     "RUNNING": AppState.RUNNING,
@@ -172,7 +172,7 @@ def metrics_folder(settings: Settings) -> Path:
 def _threads(resources: Resources) -> dict[str, str]:
     """No model takes more threads than the cores that it asked for."""
     count = str(max(1, int(resources.cpu)))
-    return {name: count for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count)
 
 
 def _run(name: str, application: Any) -> None:

@@ -110,9 +110,8 @@ class Store:
             "is_rolled_back": False,
         }
         with self._engine.begin() as db:
-            key = db.execute(history.insert().values(values)).inserted_primary_key
-        assert key is not None
-        return int(key[0])
+            query = history.insert().values(values).returning(history.c.id)
+            return int(db.execute(query).scalar_one())
 
     def entries(self, model: str) -> list[Entry]:
         """The model's history, oldest first."""
@@ -186,7 +185,7 @@ class Store:
         with self._engine.begin() as db:
             db.execute(keys.update().where(keys.c.id == key_id).values(revoked_s=now_s))
 
-    def keys(self) -> list[Key]:
+    def all_keys(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
         with self._engine.connect() as db:
             rows = db.execute(keys.select().order_by(keys.c.created_s, keys.c.id)).mappings().all()

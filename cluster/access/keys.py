@@ -68,7 +68,9 @@ def checked(key: Key) -> Key:
         raise KeyRefused(f"role {key.role!r} must be one of {', '.join(ROLES)}")
     for field in ("rate_rps", "concurrency_max"):
         value = getattr(key, field)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
             raise KeyRefused(f"{field} must be a whole number of at least 1, not {value!r}")
     return key
 

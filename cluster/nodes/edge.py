@@ -17,11 +17,11 @@ from typing import Any
 
 import ray
 
-from cluster.config import Settings
+from cluster.config import Settings, edge_settings
 from cluster.serve import metrics_folder
 from dashboards import metrics
 from deployments.edge.process import Edge, EdgeError
-from deployments.edge.routing import EdgeSettings, Listener, Routing
+from deployments.edge.routing import Routing
 from deployments.serving.meter import process_meters
 from deployments.serving.reports import NAMESPACE
 
@@ -127,8 +127,8 @@ class EdgeAgent:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, format: str, *args: Any) -> None:
-                logger.debug(format, *args)
+            def log_message(self, text: str, *args: Any) -> None:
+                logger.debug(text, *args)
 
         address = (self._settings.host, self._settings.metrics_port)
         server = ThreadingHTTPServer(address, Handler)
@@ -137,24 +137,8 @@ class EdgeAgent:
     def _exposition(self) -> bytes:
         own = self._meters.exposition()
         try:
-            with urllib.request.urlopen(self._edge.metrics_url, timeout=2) as answer:
+            url = f"http://127.0.0.1:{self._settings.edge_metrics_port}/metrics"
+            with urllib.request.urlopen(url, timeout=2) as answer:
                 return own + bytes(answer.read())
         except OSError:
             return own  # the edge is starting; its series are absent, not zero
-
-
-def edge_settings(settings: Settings, edge_token: str) -> EdgeSettings:
-    """What the edge is told once, of the cluster's settings."""
-
-    def listener(port: int | None) -> Listener | None:
-        return None if port is None else Listener(settings.host, port)
-
-    return EdgeSettings(
-        http=Listener(settings.host, settings.port),
-        token=edge_token,
-        grpc=listener(settings.grpc_port),
-        tensorflow=listener(settings.tensorflow_port),
-        https=listener(settings.https_port),
-        tls_pem=str(settings.tls_pem) if settings.tls_pem else None,
-        retry_body_bytes_max=settings.retry_body_kb * 1024,
-    )

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -190,8 +190,7 @@ class ReplicaEngine:
                 raise
 
     def _predict(self, inputs: Tensors) -> Tensors:
-        assert isinstance(self._runtime, Runtime)
-        return self._runtime.predict(inputs)
+        return cast("Runtime", self._runtime).predict(inputs)
 
     def _left_s(self, deadline_s: float | None) -> float:
         if deadline_s is None:
@@ -270,8 +269,7 @@ class _Check:
         if self._dtype is not None and array.dtype != self._dtype:
             raise InferenceError(
                 Fault.INVALID,
-                f"input '{self.name}' must have datatype {self._datatype}, "
-                f"not {array.dtype.name}",
+                f"input '{self.name}' must have datatype {self._datatype}, not {array.dtype.name}",
                 field=self.name,
             )
         if not _fits(array.shape, self._shape, self._rank):
@@ -298,7 +296,7 @@ class _Check:
 def _fits(shape: tuple[int, ...], declared: tuple[int, ...], rank: int) -> bool:
     if len(shape) != rank or not shape:
         return False
-    for have, want in zip(shape[1:], declared[1:], strict=True):
+    for have, want in zip(shape[1:], declared[1:], strict=True):  # noqa: SIM110  # twice as fast
         if want not in (-1, have):
             return False
     return True
@@ -339,5 +337,3 @@ def _wrong_names(model: str, signature: Signature, inputs: Tensors) -> Inference
 
 def _listed(names: Any) -> str:
     return ", ".join(f"'{n}'" for n in sorted(names)) or "none"
-
-

@@ -107,7 +107,7 @@ class FrontDesk:
         while True:
             try:
                 view: View = await _answer(_controller().view.remote(known))
-            except Exception as error:
+            except reporter.AWAY as error:
                 logger.info("the controller is away, the last view stays: %s", error)
                 await asyncio.sleep(0.5)
                 known = 0
@@ -121,7 +121,7 @@ class FrontDesk:
     async def _wake(self, backend: str) -> None:
         try:
             _controller().wake.remote(backend)
-        except Exception as error:  # away: asked again in a moment
+        except reporter.AWAY as error:  # asked again in a moment
             logger.info("the controller did not hear the wake-up: %s", error)
 
     async def _switch(self, name: str, is_on: bool) -> None:
@@ -131,7 +131,7 @@ class FrontDesk:
         """The controller's answer to an admin action. Raises `InferenceError`."""
         try:
             reply = await _answer(_controller().administer.remote(action, dict(arguments), actor))
-        except Exception as error:
+        except reporter.AWAY as error:
             logger.warning("the controller did not answer %s: %s", action, error)
             raise InferenceError(
                 Fault.UNAVAILABLE,

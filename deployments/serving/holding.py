@@ -105,9 +105,7 @@ class WaitingRoom:
             if not self._held[name]:
                 del self._held[name]
 
-    async def server(
-        self, backend: str, deadline_s: float, refused: Sequence[str] = ()
-    ) -> Server:
+    async def server(self, backend: str, deadline_s: float, refused: Sequence[str] = ()) -> Server:
         """A replica of `backend` that takes requests, none of those that `refused`.
 
         Raises UNAVAILABLE if the version can't be had, DEADLINE when `deadline_s` (monotonic)

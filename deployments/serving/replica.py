@@ -3,7 +3,7 @@
 The actor loads the weights, warms the model up, opens its own door and says so; it decides nothing.
 
     Serve ─ start, health, stop ─► Replica ─┬─ runtime: the weights
-                                            ├─ listener thread: HTTP and gRPC, straight from the edge
+                                            ├─ listener thread: HTTP and gRPC, from the edge
                                             └─ reporter thread ─ once a second ─► controller
 
 A replica may die at any line. So it owns no request: the edge keeps each one until a reply has

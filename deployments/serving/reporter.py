@@ -13,11 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from deployments.inference import Statistics
 from deployments.serving.reports import CONTROLLER, NAMESPACE, ReplicaState, Report
 
 logger = logging.getLogger(__name__)
+
+AWAY = (RayError, ValueError, OSError, TimeoutError)
+"""What Ray raises when an actor is not there, restarts, or does not answer in time."""
 
 PERIOD_S = 1.0
 TELL_TIMEOUT_S = 10.0
@@ -62,7 +66,7 @@ class Reporter:
         self._state, self._reason = state, reason
         try:
             ray.get(self._send(), timeout=TELL_TIMEOUT_S)
-        except Exception as error:  # the controller is away: the next report says it again
+        except AWAY as error:  # the next report says it again
             logger.warning("the controller did not hear %s: %s", state.value, error)
             self._controller = None
 
@@ -70,7 +74,7 @@ class Reporter:
         while not self._stopped.wait(PERIOD_S):
             try:
                 self._send()
-            except Exception as error:  # away or restarting; try again in a second
+            except AWAY as error:  # or restarting; try again in a second
                 logger.debug("no report was sent: %s", error)
                 self._controller = None
 

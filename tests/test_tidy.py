@@ -10,8 +10,12 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.metadata import packages_distributions
+from itertools import chain
 
 import pytest
 
@@ -152,6 +156,30 @@ def test_rules_and_exceptions_are_about_files_that_exist(path: str) -> None:
     if path in ("cluster/reconciliation.py", "cluster/config.py") and not (ROOT / path).exists():
         pytest.skip(f"{path} is not written yet")
     assert (ROOT / path).exists()
+
+
+def declared_packages() -> set[str]:
+    """The distributions that pyproject.toml asks for, in any extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    return {distribution(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in asked}
+
+
+def distribution(name: str) -> str:
+    """A distribution's name as registries compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_package_that_is_imported_is_asked_for_in_the_project_file() -> None:
+    declared, providers = declared_packages(), packages_distributions()
+    known = {*sys.stdlib_module_names, *PACKAGES}
+    expect_none(
+        f"{module.path}:{found.line} imports {found.target}"
+        for module in source.modules()
+        for found in source.imports(module)
+        if (top := found.target.partition(".")[0]) not in known
+        and not {distribution(name) for name in providers.get(top, [top])} & declared
+    )
 
 
 # --- names, docstrings, text
@@ -302,6 +330,7 @@ def test_every_shoal_command_in_the_readme_exists() -> None:
 def _is_shoal_command(words: list[str]) -> bool:
     """Whether `shoal` has a command that these words begin with."""
     import typer
+
     from cluster.__main__ import app  # late: only where there is a README
 
     here = typer.main.get_command(app)

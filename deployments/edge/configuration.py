@@ -195,7 +195,7 @@ def _check(routing: Routing, settings: EdgeSettings) -> None:
 def _check_server(server: Server) -> None:
     _name("server", server.name)
     try:
-        ipaddress.ipjoined(server.host)
+        ipaddress.ip_address(server.host)
     except ValueError:
         raise RoutingError(
             f"host of server {server.name!r} is {server.host!r}; it must be an IP address"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +21,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from benchmarks.serving import chat, environments, raw, workloads
-from benchmarks.serving.measure import Start, WrongAnswer, check, measure, wait_until_right
+from benchmarks.serving.measure import (
+    Point,
+    Start,
+    WrongAnswerError,
+    check,
+    measure,
+    wait_until_right,
+)
 from benchmarks.serving.report import Results
 from benchmarks.serving.systems import SYSTEMS, System
 from benchmarks.serving.workloads import Workload
 
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 120.0
 _SLOW = {"minilm": 2.0}
 """Workloads whose batches take so long that they need a longer window."""
 
@@ -93,7 +101,8 @@ def run(plan: Plan) -> Results:
             _round(plan, SYSTEMS[name](), tables, number, results)
             results.write(plan.out, _titles())
         if "chat" in plan.workloads and time.monotonic() < deadline_s:
-            chat.round(_rotated([n for n in plan.systems if n in chat.SYSTEMS], number), results)
+            talkers = _rotated([n for n in plan.systems if n in chat.SYSTEMS], number)
+            chat.run_round(talkers, results)
             results.write(plan.out, _titles())
     return results
 
@@ -111,7 +120,7 @@ def _round(
     try:
         for table in tables:
             _workload(plan, system, table, number, results)
-    except (OSError, RuntimeError, WrongAnswer) as error:
+    except (OSError, RuntimeError, WrongAnswerError) as error:
         words = f"round {number + 1} of {system.name}: {error}"
         results.problems.append(words)
         print(f"! {words}\n{system.last_words()}", file=sys.stderr, flush=True)
@@ -138,15 +147,19 @@ def _workload(plan: Plan, system: System, table: Workload, number: int, results:
             number=number,
         )
         results.points.append(point)
-        print(
-            f"{number + 1} {system.name:14} {table.name:7} {connections:4} connections "
-            f"{point.requests_per_s:8.1f} req/s  p50 {point.p50_ms:8.2f}  p99 {point.p99_ms:8.2f} ms  "
-            f"CPU {point.cpu_ms:6.2f} ms  RSS {point.rss_mb:5.0f} MB  "
-            f"start {cold_start_s:4.1f} s  errors {point.errors or 0}  wrong {point.wrong}  "
-            f"(load {point.load_cpu_us:.0f} µs, others {100 * point.others_cpu_fraction:.0f} %)",
-            flush=True,
-        )
+        print(_line(point, cold_start_s), flush=True)
     system.finish(table.name)
+
+
+def _line(point: Point, cold_start_s: float) -> str:
+    """One point, as it is printed while the run goes on."""
+    return (
+        f"{point.round + 1} {point.system:14} {point.workload:7} {point.connections:4} connections "
+        f"{point.requests_per_s:8.1f} req/s  p50 {point.p50_ms:8.2f}  p99 {point.p99_ms:8.2f} ms  "
+        f"CPU {point.cpu_ms:6.2f} ms  RSS {point.rss_mb:5.0f} MB  start {cold_start_s:4.1f} s  "
+        f"errors {point.errors or 0}  wrong {point.wrong}  "
+        f"(load {point.load_cpu_us:.0f} µs, others {100 * point.others_cpu_fraction:.0f} %)"
+    )
 
 
 def _titles() -> dict[str, str]:
@@ -165,6 +178,7 @@ def _about(plan: Plan) -> dict[str, str]:
 
 def main() -> None:
     plan = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is ended
     results = run(plan)
     results.write(plan.out, _titles())
     print(results.markdown(_titles()))

@@ -1,4 +1,4 @@
-"""stub"""
+"""Stub."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from benchmarks.serving.report import Results
 SYSTEMS: dict[str, str] = {}
 
 
-def round(names: list[str], results: Results) -> None: ...
+def run_round(names: list[str], results: Results) -> None: ...

@@ -92,7 +92,7 @@ def wait_until_right(endpoint: Endpoint, exchange: Exchange, timeout_s: float) -
 
 
 def check(endpoint: Endpoint, workload: Workload, count: int = 32) -> None:
-    """Ask the first `count` questions one by one. Raises `WrongAnswerError` at the first mistake."""
+    """Ask `count` questions one by one. Raises `WrongAnswerError` at the first mistake."""
     for number, exchange in enumerate(workload.exchanges(endpoint)[:count]):
         status, body = ask(endpoint, exchange, timeout_s=30)
         if status != 200 or not is_right(exchange, body):

@@ -89,13 +89,17 @@ class Tree:
         log: Path,
         environment: Mapping[str, str],
         folder: Path | None = None,
+        talks: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a command of this system; its output goes to `log`, its stdin is a pipe."""
+        """Start a command of this system; its output goes to `log`.
+
+        `talks`: the caller writes to its stdin and reads its stdout.
+        """
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [str(part) for part in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talks else out,
                 stderr=out,
                 cwd=folder,
                 env={**environment, _MARK: self._mark},

@@ -96,10 +96,7 @@ class Results:
         ]
         return [
             *(_median(by_count[n], "requests_per_s") for n in connections),
-            *(
-                f"{_median(by_count[n], 'p50_ms')} / {_median(by_count[n], 'p99_ms')}"
-                for n in connections
-            ),
+            *(_latencies(by_count[n]) for n in connections),
             _errors(points),
             _median(busy, "cpu_ms"),
             _median(busy, "rss_mb"),
@@ -150,6 +147,10 @@ def _errors(points: Sequence[Point]) -> str:
         if point.wrong:
             total["wrong"] = total.get("wrong", 0) + point.wrong
     return ", ".join(f"{count} {kind}" for kind, count in total.items()) or "0"
+
+
+def _latencies(points: Sequence[Point]) -> str:
+    return f"{_median(points, 'p50_ms')} / {_median(points, 'p99_ms')}"
 
 
 def _median(points: Sequence[Point], name: str) -> str:

@@ -22,6 +22,12 @@ from benchmarks.serving.workloads import BARE_REPLY, OPEN_INFERENCE, PLAIN, Endp
 
 PEERS = "benchmarks.serving.peers"
 
+_LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration><Appenders><Console name="out"><PatternLayout pattern="%d %p %m%n"/></Console>
+</Appenders><Loggers><Root level="warn"><AppenderRef ref="out"/></Root></Loggers></Configuration>
+"""
+"""TorchServe writes several lines a request otherwise."""
+
 
 class System(ABC):
     """One system under measurement; `tree` is everything that it has started."""
@@ -185,12 +191,14 @@ class TorchServe(System):
         store.mkdir(exist_ok=True)
         self._archive(workload, store)
         (store / "config.properties").write_text(self._properties(port))
+        (store / "log4j2.xml").write_text(_LOG4J)
         self.tree.start(
             [
                 *(self.program("torchserve"), "--start", "--foreground", "--disable-token-auth"),
                 *("--no-config-snapshots", "--model-store", store),
                 *("--ts-config", store / "config.properties"),
                 *("--models", f"{workload}={workload}.mar"),
+                *("--log-config", store / "log4j2.xml"),
             ],
             log=self.log,
             environment=self.variables(BENCHMARK_WORKLOAD=workload, TS_WORKFLOW_STORE=str(store)),
@@ -249,6 +257,7 @@ class Ray(System):
                 environment=self.variables(
                     RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **self.settings()
                 ),
+                talks=True,
             )
         self._tell(f"deploy {workload}")
         return Endpoint(self.port, f"/{workload}", PLAIN)

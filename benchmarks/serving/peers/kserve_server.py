@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+from typing import Any
 
 import numpy as np
+import uvicorn
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
+from kserve.protocol.rest import server as server_module
 
 from benchmarks.serving.peers import models
 
@@ -25,9 +29,13 @@ class Peer(Model):  # type: ignore[misc]
         self, payload: InferRequest, headers: dict[str, str] | None = None
     ) -> InferResponse:
         array = payload.inputs[0].as_numpy()
-        output = InferOutput(name="y", shape=[], datatype="FP32")
-        output.set_data_from_numpy(await self.answer(array), binary_data=False)
-        return InferResponse(response_id=payload.id, model_name=self.name, infer_outputs=[output])
+        answers = await self.answer(array)
+        datatype = "INT64" if answers.dtype == np.int64 else "FP32"
+        output = InferOutput(name="y", shape=list(answers.shape), datatype=datatype)
+        output.set_data_from_numpy(answers, binary_data=False)
+        return InferResponse(
+            response_id=payload.id or "", model_name=self.name, infer_outputs=[output]
+        )
 
     async def answer(self, array: np.ndarray) -> np.ndarray:
         if self.name == "noop":
@@ -40,7 +48,15 @@ class Peer(Model):  # type: ignore[misc]
         return np.asarray(vectors, dtype=np.float32)
 
 
+class Loopback(uvicorn.Config):
+    """KServe listens on all addresses and has no setting for it."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        super().__init__(app, **{**options, "host": "127.0.0.1", "access_log": False})
+
+
 def main() -> None:
+    server_module.uvicorn.Config = Loopback
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--workload", required=True)
@@ -48,6 +64,7 @@ def main() -> None:
     server = ModelServer(
         http_port=arguments.port, workers=1, enable_grpc=False, access_log_format=None
     )
+    logging.getLogger("kserve.trace").setLevel(logging.WARNING)  # two lines a request otherwise
     server.start([Peer(arguments.workload)])
 
 

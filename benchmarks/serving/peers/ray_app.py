@@ -31,14 +31,19 @@ def noop_app(options: dict[str, Any]) -> Any:
     return Noop.bind()  # type: ignore[attr-defined]
 
 
+batched: Any = serve.batch(
+    max_batch_size=models.BATCH_SIZE_MAX, batch_wait_timeout_s=models.BATCH_WAIT_S
+)
+
+
 def model_app(workload: str, options: dict[str, Any]) -> Any:
     @serve.deployment(**options)
     class Model:
         def __init__(self) -> None:
             self.predict = models.load(workload)
 
-        @serve.batch(max_batch_size=models.BATCH_SIZE_MAX, batch_wait_timeout_s=models.BATCH_WAIT_S)
-        async def batch(self, rows: list[Any]) -> list[Any]:  # type: ignore[untyped-decorator]
+        @batched  # type: ignore[untyped-decorator]
+        async def batch(self, rows: list[Any]) -> list[Any]:
             return await asyncio.to_thread(self.predict, rows)
 
         async def __call__(self, request: Request) -> dict[str, Any]:

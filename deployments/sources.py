@@ -25,9 +25,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import first_line, near
+
+if TYPE_CHECKING:
+    from deployments.registry import Registry
 
 Progress = Callable[[int, int], None]
 """Told of bytes done and bytes in all (0 = not known)."""
@@ -35,8 +39,16 @@ Progress = Callable[[int, int], None]
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pt2", ".onnx", ".skops", ".joblib", ".gguf")
 
 
-def fetch(source: str, folder: Path, *, progress: Progress | None = None) -> Path:
+def fetch(
+    source: str,
+    folder: Path,
+    *,
+    registry: Registry | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """The local file or folder of `source`; `folder` is the cache.
+
+    `registry` answers `models:` sources.
 
     Raises `LoadError` naming what was not found and what is near it.
     """
@@ -47,15 +59,19 @@ def fetch(source: str, folder: Path, *, progress: Progress | None = None) -> Pat
 
         return buckets.download(source, folder / "s3", progress=progress)
     if source.startswith("models:"):
-        from deployments import registry
-
-        return registry.from_environment(folder).fetch(source)
+        return _registered(source, registry)
     if scheme := re.match(r"([A-Za-z0-9_+.-]+):", source):
         raise LoadError(
             f"source: {source!r} begins with {scheme[0]!r}; known are a path, package:NAME, "
             "s3://bucket/key and models:/NAME/VERSION"
         )
     return _path(Path(source))
+
+
+def _registered(source: str, registry: Registry | None) -> Path:
+    if registry is None:
+        raise LoadError(f"source: {source!r} needs a model registry; none is configured")
+    return registry.fetch(source)
 
 
 def _path(path: Path) -> Path:
@@ -114,7 +130,7 @@ def _inside(root: Path, files: list[str], name: str, inside: str) -> Path:
 
 def _top_folder(root: Path, weights: list[str]) -> Path:
     """The folder that has everything which belongs to the weights."""
-    common = os.path.commonpath([os.path.dirname(w) for w in weights])
+    common = os.path.commonpath([Path(w).parent for w in weights])
     if not common:
         raise LoadError(f"source: the package's weights lie apart: {', '.join(weights[:5])}")
     return root / common
@@ -122,16 +138,17 @@ def _top_folder(root: Path, weights: list[str]) -> Path:
 
 def _plain_weights(gguf: Path, cache: Path, progress: Progress | None) -> Path:
     """The folder of safetensors made of a GGUF file, once for each file."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    size = gguf.stat().st_size
+    with gguf.open("rb") as file:
+        key = hashlib.sha256(str(size).encode() + file.read(1 << 20)).hexdigest()
     target = cache / "converted" / f"{gguf.stem}-{key[:12]}"
     with made_once(target) as folder:
         if folder is not None:
             if progress is not None:
-                progress(0, stat.st_size)
+                progress(0, size)
             _convert(gguf, folder)
             if progress is not None:
-                progress(stat.st_size, stat.st_size)
+                progress(size, size)
     return target
 
 

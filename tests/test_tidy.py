@@ -49,8 +49,7 @@ EXCEPTED: dict[tuple[str, str], str] = {}
 
 READS_ENVIRONMENT: dict[str, str] = {
     "cluster/config.py": "the one reader of settings",
-    "deployments/runtimes/sentence_transformers.py": "sets what its libraries read only there",
-    "deployments/runtimes/threads.py": "sets thread counts that libraries read only there",
+    "deployments/runtimes/surroundings.py": "sets what libraries read only there",
     "deployments/serving/meter.py": "sets prometheus_client's shared folder, read only there",
 }
 """Files that may touch the environment: why."""

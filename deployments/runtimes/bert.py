@@ -127,7 +127,7 @@ class Encoder:
         ids = [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         with torch.inference_mode():
-            rows = self._rows([ids[i] for i in order]).float().cpu().numpy()
+            rows: NDArray[np.float32] = self._rows([ids[i] for i in order]).float().cpu().numpy()
         answer = np.empty_like(rows)
         answer[order] = rows
         return answer

@@ -9,7 +9,6 @@ size. A classifier's ZipMap (one mapping a row) becomes a plain matrix [-1, clas
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from deployments.model import Version
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import Options, first_line, near, read_options, weights_file
 from deployments.runtimes.signatures import agreed, as_datatype, as_text
+from deployments.runtimes.surroundings import cores
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class OnnxRuntime:
         zeros = {t.name: _zeros(t, rows) for t in self._inputs}
         try:
             answers = self._run(zeros, [t.name for t in chosen])
-        except Exception as error:  # zeros need not be a sensible input: the graph's word stands
+        except Exception as error:  # noqa: BLE001 zeros need not be sensible: the graph's word stands
             log.info("the graph did not answer zeros: %s", first_line(error))
             return tuple(chosen)
         return tuple(_seen(t, a, rows) for t, a in zip(chosen, answers, strict=True))
@@ -134,7 +134,7 @@ def _session(file: Path, version: Version, options: OnnxOptions) -> Any:
         "basic": levels.ORT_ENABLE_BASIC,
         "off": levels.ORT_DISABLE_ALL,
     }[options.optimization]
-    settings.intra_op_num_threads = options.threads or max(1, math.ceil(version.resources.cpu))
+    settings.intra_op_num_threads = options.threads or cores(version.resources.cpu)
     settings.inter_op_num_threads = 1
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = _providers(onnxruntime.get_available_providers(), version.resources.gpu)

@@ -249,7 +249,8 @@ def _package(folder: Path) -> str:
         )
         if spec is None:
             spec = importlib.util.spec_from_loader(name, loader=None, is_package=True)
-        assert spec is not None
+        if spec is None:
+            raise LoadError(f"source: {folder} can't be imported as a package")
         spec.submodule_search_locations = [str(folder)]
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
@@ -359,7 +360,7 @@ async def _from_thread(pieces: Iterator[Any]) -> AsyncIterator[Any]:
                 if stopped.is_set():
                     break
             send(True, None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 raised where the pieces are read
             send(True, error)
 
     threading.Thread(target=run, name="generate", daemon=True).start()

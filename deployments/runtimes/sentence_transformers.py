@@ -7,8 +7,6 @@ Weights are a folder as sentence-transformers saves it. Input `text` BYTES [-1] 
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +20,15 @@ from deployments.model import Version
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import Options, first_line, read_options
 from deployments.runtimes.signatures import agreed, as_datatype
+from deployments.runtimes.surroundings import announce_threads, cores, stay_offline
 
 Encode = Callable[[Sequence[str]], NDArray[Any]]
 
 
 class SentenceOptions(Options):
-    """`threads`: cores for torch (default: resources.cpu, rounded up). `device`: cpu, cuda, …
+    """`threads`: cores for torch (default: resources.cpu, rounded up).
 
+    `device`: cpu, cuda, cuda:1 (default: cuda if resources.gpu asks for it and there is one).
     `max_seq_length`: tokens after which a text is cut, at most the model's own limit.
     `library: true` runs the model in sentence-transformers even if it is known here.
     """
@@ -106,10 +106,9 @@ def _folder(weights: Path | None) -> Path:
 
 def _prepare(version: Version, options: SentenceOptions) -> None:
     """Offline, and with no more threads than the replica has cores."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    threads = options.threads or max(1, math.ceil(version.resources.cpu))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    stay_offline()
+    threads = options.threads or cores(version.resources.cpu)
+    announce_threads(threads)
     import torch
 
     torch.set_num_threads(threads)

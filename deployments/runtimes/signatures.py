@@ -2,8 +2,8 @@
 
 Runtimes read tensors from the weights where these know them; the model file may declare them too.
 Both must agree, and the answer says which field is wrong and what would be right. Here, too, live
-the two ways between the protocol's datatypes and numpy's (BYTES are object arrays of `bytes`; numpy
-has no BF16, so a BF16 tensor is a float32 array, as in Triton's client).
+the two ways between the protocol's datatypes and numpy's (BYTES are object arrays of `bytes`; BF16
+is that of ml_dtypes).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,13 +31,13 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "INT32": np.dtype(np.int32),
     "INT64": np.dtype(np.int64),
     "FP16": np.dtype(np.float16),
-    "BF16": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
     "BYTES": np.dtype(object),
 }
 
-_DATATYPES = {dtype: name for name, dtype in NUMPY.items() if name != "BF16"}
+_DATATYPES = {dtype: name for name, dtype in NUMPY.items()}
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str:

@@ -32,7 +32,7 @@ from deployments.model import TensorSpec, Version
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import Options, first_line, read_options, weights_file
 from deployments.runtimes.signatures import agreed, as_datatype, as_text, datatype_of
-from deployments.runtimes.threads import Threads
+from deployments.runtimes.surroundings import ThreadCap, announce_threads, cores
 
 Array = NDArray[Any]
 Model = Callable[[Any], Array]
@@ -61,16 +61,16 @@ class SklearnRuntime:
         self._version = version
         self._weights = weights
         self._options = options
-        self._threads = Threads(version.resources.cpu)
+        self._threads = ThreadCap(cores(version.resources.cpu))
         self._table: Callable[[Tensors], Any] = dict
         self._ask: Ask = _closed
         self._outputs: tuple[Tensor, ...] = ()
 
     def load(self) -> Signature:
-        self._threads.announce()
+        announce_threads(cores(self._version.resources.cpu))
         file = weights_file(self._weights, SUFFIXES, self._options.file)
         estimator = _single_threaded(_read(file, self._options.trusted))
-        self._threads.cap()
+        self._threads.hold()
         inputs, self._table = _inputs(estimator, self._version)
         probe = _probe(inputs, self._table)
         declared = self._version.outputs
@@ -80,7 +80,7 @@ class SklearnRuntime:
         return Signature(inputs, self._outputs, "sklearn", labels)
 
     def predict(self, inputs: Tensors) -> Tensors:
-        self._threads.cap()
+        self._threads.hold()
         table = self._table(inputs)
         try:
             answers = self._ask(table, {t.name for t in self._outputs})
@@ -185,7 +185,7 @@ def _takes(estimator: Any, table: Any) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ask(table)
-    except Exception:  # the estimator may be of any kind: only whether it answers matters
+    except Exception:  # noqa: BLE001 of any kind: only whether it answers matters
         return False
     return True
 
@@ -356,7 +356,7 @@ def _if_equal(fast: Model, library: Any, probe: Any) -> Model:
             tables.append(noise.astype(probe.dtype))
         if all(np.array_equal(fast(t), np.asarray(library(t))) for t in tables):
             return fast
-    except Exception:  # an estimator made by another version: the library itself decides
+    except Exception:  # noqa: BLE001 made by another version: the library itself decides
         return _as_model(library)
     return _as_model(library)
 

@@ -11,7 +11,6 @@ otherwise.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from deployments.model import Version
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import Options, first_line, near, read_options, weights_file
 from deployments.runtimes.signatures import NUMPY, agreed, as_datatype, datatype_of, tensors
+from deployments.runtimes.surroundings import announce_threads, cores
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,9 @@ SUFFIXES = (".pt", ".ts", ".pth", ".pt2")
 
 
 class TorchOptions(Options):
-    """`file`: which file of a folder. `device`: cpu, cuda, cuda:1, …
+    """`file`: which file of a folder.
 
+    `device`: cpu, cuda, cuda:1 (default: cuda if resources.gpu asks for it and there is one).
     `threads`: cores for torch (default: resources.cpu, rounded up).
     """
 
@@ -64,7 +65,7 @@ class TorchRuntime:
     def load(self) -> Signature:
         file = weights_file(self._weights, SUFFIXES, self._options.file)
         _check_inputs(self._inputs)
-        _cap_threads(self._options.threads or max(1, math.ceil(self._version.resources.cpu)))
+        _cap_threads(self._options.threads or cores(self._version.resources.cpu))
         self._device = _device(self._version, self._options)
         self._program = _read(file, self._device)
         self._outputs = self._found_outputs()
@@ -126,6 +127,7 @@ def _check_inputs(inputs: Sequence[Tensor]) -> None:
 
 
 def _cap_threads(threads: int) -> None:
+    announce_threads(threads)
     import torch
 
     torch.set_num_threads(threads)
@@ -184,8 +186,9 @@ def _given(array: NDArray[Any], tensor: Tensor, device: torch.device) -> torch.T
     array = as_datatype(array, tensor.datatype)
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = array.copy()  # torch can't promise to leave it as it is
-    given = torch.from_numpy(array).to(device)
-    return given.to(torch.bfloat16) if tensor.datatype == "BF16" else given
+    if tensor.datatype == "BF16":  # torch knows no numpy type for it
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(array).to(device)
 
 
 def _named(answer: Any, names: Sequence[str]) -> Tensors:
@@ -209,8 +212,9 @@ def _array(value: Any) -> NDArray[Any]:
     if not isinstance(value, torch.Tensor):
         raise LoadError(f"outputs: the program returns a {type(value).__name__}, not a tensor")
     value = value.detach().cpu()
-    array: NDArray[Any] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    return array
+    if value.dtype == torch.bfloat16:
+        return np.asarray(value.view(torch.int16).numpy().view(NUMPY["BF16"]))
+    return np.asarray(value.numpy())
 
 
 def _zeros(tensor: Tensor) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from deployments.inference import (
     Catalog,
+    Engine,
     Fault,
     InferenceError,
     ModelStatus,
@@ -79,6 +80,24 @@ def version_status(model: ModelStatus, version: str | None) -> VersionStatus:
     if status is None:
         raise unknown_model(model.name, version)
     return status
+
+
+def chosen_engine(
+    catalog: Catalog, engine: Engine | None, model: str, version: str | None, backend: str
+) -> Engine:
+    """The engine, if a request for `model` and `version` (or label) means it.
+
+    `backend` is what the edge chose, such as `fraud--4--1a2b3c4d`: it knows what a label means now.
+    """
+    if engine is None or model != engine.model:
+        raise unknown_model(model, version)
+    if version is None or version == engine.version:
+        return engine
+    if backend.split("--")[:2] == [engine.model, engine.version]:
+        return engine
+    if version_status(model_status(catalog, model), version).version != engine.version:
+        raise unknown_model(model, version)
+    return engine
 
 
 def is_ready(catalog: Catalog, model: str, version: str | None) -> bool:
@@ -170,7 +189,8 @@ def _tensor(tensor: Tensor) -> Json:
 def _config_tensor(tensor: Tensor, is_batched: bool) -> Json:
     kind = "STRING" if tensor.datatype == "BYTES" else tensor.datatype
     shape = tensor.shape[1:] if is_batched else tensor.shape
-    return {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(shape)}
+    form = {"name": tensor.name, "data_type": f"TYPE_{kind}", "dims": list(shape)}
+    return form if shape else {**form, "dims": [1], "reshape": {"shape": []}}
 
 
 def _numbers(versions: Iterable[str]) -> list[int]:

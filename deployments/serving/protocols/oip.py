@@ -15,7 +15,7 @@ the routes of `INFERENCE_TEMPLATES` are left to whoever holds such requests.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -24,11 +24,10 @@ from deployments.inference import (
     Catalog,
     Engine,
     Fault,
-    GenerationChunk,
-    GenerationRequest,
     InferenceError,
+    InferenceRequest,
+    InferenceResponse,
 )
-from deployments.serving.deadlines import sooner
 from deployments.serving.http import (
     Handler,
     HttpRequest,
@@ -37,15 +36,8 @@ from deployments.serving.http import (
     Route,
     retry_after,
 )
-from deployments.serving.protocols import descriptions
-from deployments.serving.protocols.descriptions import unknown_model
-from deployments.serving.protocols.oip_messages import (
-    Reader,
-    checked_id,
-    checked_parameters,
-    parsed,
-    write,
-)
+from deployments.serving.protocols import descriptions, oip_text
+from deployments.serving.protocols.oip_messages import Reader, parsed, write
 from deployments.serving.protocols.tensors import invalid
 
 STATUS: Mapping[Fault, int] = {
@@ -168,53 +160,41 @@ class OpenInference:
             request.header(b"inference-header-content-length"),
             request.deadline_s(),
         )
-        response = await engine.infer(wanted)
-        if not response.id:
+        if engine.generates:
+            response = await _inferred_text(engine, wanted)
+        else:
+            response = await engine.infer(wanted)
             response.id = wanted.id
         return write(engine, response, reply)
 
     async def _generate(self, request: HttpRequest) -> HttpResponse:
         engine = self._chosen(request)
-        wanted = _generation(engine, request)
-        pieces: list[str] = []
-        last: GenerationChunk | None = None
-        async for chunk in engine.generate(wanted):
-            pieces.append(chunk.text)
-            last = chunk
-        return _json({**_generated(engine, wanted, "".join(pieces)), **_details(last)})
+        wanted = oip_text.read_text(engine, request.body, request.deadline_s())
+        text, last = await oip_text.whole(engine, wanted)
+        return _json(oip_text.answer(engine, wanted, text, last))
 
     async def _generate_stream(self, request: HttpRequest) -> HttpStream:
         """The first piece is awaited, so that what fails before it is an ordinary error."""
         engine = self._chosen(request)
-        wanted = _generation(engine, request)
+        wanted = oip_text.read_text(engine, request.body, request.deadline_s())
         chunks = engine.generate(wanted)
         try:
             first = await anext(chunks, None)
         except asyncio.CancelledError:
-            await _close(chunks)
+            await oip_text.close(chunks)
             raise
-        return HttpStream(_events(engine, wanted, first, chunks))
+        return HttpStream(oip_text.events(engine, wanted, first, chunks))
 
     def _chosen(self, request: HttpRequest) -> Engine:
-        """The engine, if the request means its model and version."""
-        engine = self._engine
-        model, version = request.parameters["model"], request.parameters.get("version")
-        if engine is None or model != engine.model:
-            raise unknown_model(model, version)
-        if version is None or version == engine.version:
-            return engine
-        backend = (request.header(b"x-shoal-backend") or b"").decode("latin-1")
-        if backend.split("--")[:2] == [engine.model, engine.version]:
-            return engine  # the edge knows which version a label means now
-        status = descriptions.model_status(self._catalog, model)
-        if descriptions.version_status(status, version).version != engine.version:
-            raise unknown_model(model, version)
-        return engine
+        backend = request.header(b"x-shoal-backend") or b""
+        return descriptions.chosen_engine(
+            self._catalog, self._engine, *_asked(request), backend.decode("latin-1")
+        )
 
     def _reader(self, engine: Engine) -> Reader:
         reader = self._reader_made
-        if reader is None or reader.signature is not engine.signature:
-            reader = self._reader_made = Reader(engine.model, engine.signature)
+        if reader is None or reader.made_for is not engine.signature:
+            reader = self._reader_made = Reader(engine)
         return reader
 
     # What there is
@@ -312,6 +292,12 @@ class OpenInference:
         return _json({})  # nothing is registered, as was asked for
 
 
+async def _inferred_text(engine: Engine, wanted: InferenceRequest) -> InferenceResponse:
+    text_request = oip_text.text_from_tensors(wanted)
+    text, _ = await oip_text.whole(engine, text_request)
+    return oip_text.text_response(text_request, text)
+
+
 def _json(value: Any, status: int = 200) -> HttpResponse:
     return HttpResponse(status, orjson.dumps(value))
 
@@ -347,96 +333,3 @@ def _refuse_changes(request: HttpRequest, what: str) -> None:
         raise InferenceError(
             Fault.UNIMPLEMENTED, f"{what} can't be changed over this protocol; they are Shoal's own"
         )
-
-
-# Text
-
-
-def _generation(engine: Engine, request: HttpRequest) -> GenerationRequest:
-    """The text asked for. Triton's clients put options beside `text_input`, KServe's below
-    `parameters`; both are read."""
-    if not engine.generates:
-        raise invalid(f"model {engine.model!r} does not generate text; use infer")
-    document = parsed(request.body)
-    if type(document) is not dict or type(document.get("text_input")) is not str:
-        raise invalid("the body must be an object with text_input, which is a string", "text_input")
-    beside = {k: v for k, v in document.items() if k not in ("text_input", "id", "parameters")}
-    options = {**beside, **generation_parameters(document.get("parameters"))}
-    options.pop("stream", None)  # the path says which
-    options.pop("details", None)  # they always come
-    timeout_us = int(checked_parameters({"timeout": options.pop("timeout", 0)})["timeout"])
-    return GenerationRequest(
-        document["text_input"],
-        max_tokens=checked_max_tokens(options.pop("max_tokens", None)),
-        options=options,
-        id=checked_id(document.get("id", "")),
-        deadline_s=sooner(request.deadline_s(), timeout_us),
-    )
-
-
-def generation_parameters(parameters: Any) -> dict[str, Any]:
-    """Sampling options; `stop` may be a list."""
-    if parameters is None:
-        return {}
-    if type(parameters) is not dict:
-        raise invalid("parameters must be an object", "parameters")
-    checked_parameters({k: v for k, v in parameters.items() if type(v) is not list})
-    return parameters
-
-
-def checked_max_tokens(value: Any) -> int | None:
-    """How many tokens at most, None = the model's limit."""
-    if value is None or (type(value) is int and value > 0):
-        return value
-    raise invalid(f"max_tokens {value!r} must be a whole number above 0", "max_tokens")
-
-
-def _generated(engine: Engine, wanted: GenerationRequest, text: str) -> dict[str, Any]:
-    answer = {
-        "model_name": engine.model,
-        "model_version": engine.version,
-        "text_output": text,
-    }
-    if wanted.id:
-        answer["id"] = wanted.id
-    return answer
-
-
-def _details(last: GenerationChunk | None) -> dict[str, Any]:
-    if last is None or last.finish_reason is None:
-        return {}
-    return {
-        "details": {
-            "finish_reason": last.finish_reason,
-            "prompt_tokens": last.prompt_tokens,
-            "completion_tokens": last.completion_tokens,
-        }
-    }
-
-
-async def _events(
-    engine: Engine,
-    wanted: GenerationRequest,
-    first: GenerationChunk | None,
-    rest: AsyncIterator[GenerationChunk],
-) -> AsyncIterator[bytes]:
-    """Server-sent events, a chunk each; what fails once they flow is an event too."""
-    try:
-        chunk = first
-        while chunk is not None:
-            yield _event({**_generated(engine, wanted, chunk.text), **_details(chunk)})
-            chunk = await anext(rest, None)
-    except InferenceError as error:
-        yield _event({"error": error.message})
-    finally:
-        await _close(rest)
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
-async def _close(chunks: AsyncIterator[GenerationChunk]) -> None:
-    close = getattr(chunks, "aclose", None)
-    if close is not None:
-        await close()

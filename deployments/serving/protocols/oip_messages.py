@@ -59,14 +59,19 @@ class Reply:
 
 _JSON_REPLY = Reply()
 
+UNCHECKED = Signature((), ())
+"""How a text request's tensors are read: options come as tensors too, whatever they are called."""
+
 
 class Reader:
     """Reads requests for one model, and refuses what it does not take."""
 
-    def __init__(self, model: str, signature: Signature) -> None:
-        self.signature = signature
-        self._model = model
-        self._inputs = Inputs(model, signature)
+    def __init__(self, engine: Engine) -> None:
+        self.made_for = engine.signature
+        signature = UNCHECKED if engine.generates else engine.signature
+        self._model = engine.model
+        self._signature = signature
+        self.inputs = Inputs(engine.model, signature)
         self._outputs = frozenset(t.name for t in signature.outputs)
 
     def read(
@@ -87,17 +92,12 @@ class Reader:
             return None
         for name in names:
             if self._outputs and name not in self._outputs:
-                known = ", ".join(repr(t.name) for t in self.signature.outputs)
+                known = ", ".join(repr(t.name) for t in self._signature.outputs)
                 raise invalid(
                     f"unexpected inference output {name!r} for model {self._model!r}; "
                     f"it gives {known}"
                 )
         return tuple(names)
-
-    @property
-    def inputs(self) -> Inputs:
-        """What the model takes."""
-        return self._inputs
 
     def _read_json(
         self, document: Any, binary: bytes | memoryview, deadline_s: float | None
@@ -140,7 +140,7 @@ class Reader:
             offset += size
         if offset != len(binary):
             raise invalid(f"{len(binary) - offset} bytes of binary data belong to no input")
-        self._inputs.check_all(found)
+        self.inputs.check_all(found)
         return found
 
     def _read_form(self, entry: Any) -> tuple[str, str, tuple[int, ...]]:
@@ -152,7 +152,7 @@ class Reader:
             raise invalid("each of inputs must have a name, which is a string")
         datatype = tensors.checked_datatype(name, entry.get("datatype"))
         shape = tensors.checked_shape(name, entry.get("shape"))
-        self._inputs.check(name, datatype, shape)
+        self.inputs.check(name, datatype, shape)
         return name, datatype, shape
 
     def _read_outputs(self, entries: Any, parameters: Parameters) -> tuple[list[str], Reply]:
@@ -168,7 +168,7 @@ class Reader:
 
     def _raw_input(self, body: bytes) -> Tensors:
         """The whole body as the model's only input, batch 1."""
-        form = self._inputs.only
+        form = self.inputs.only
         if form is None:
             raise invalid(
                 f"model {self._model!r} does not have exactly one input, so a request can't be "
@@ -301,7 +301,7 @@ def _binary_size(name: str, parameters: Any) -> int | None:
     if type(parameters) is not dict:
         raise invalid(f"input {name!r}: parameters must be an object")
     if "shared_memory_region" in parameters:
-        raise _no_shared_memory(f"input {name!r}")
+        raise refuse_shared_memory(f"input {name!r}")
     if "binary_data_size" not in parameters:
         return None
     size = parameters["binary_data_size"]
@@ -319,7 +319,7 @@ def _read_output(entry: Any, reply: Reply) -> str:
     if not isinstance(parameters, dict):
         raise invalid(f"output {name!r}: parameters must be an object")
     if "shared_memory_region" in parameters:
-        raise _no_shared_memory(f"output {name!r}")
+        raise refuse_shared_memory(f"output {name!r}")
     is_binary = parameters.get("binary_data")
     if is_binary is not None:
         if type(is_binary) is not bool:
@@ -338,7 +338,7 @@ def checked_classes(name: str, count: Any) -> int:
     return count
 
 
-def _no_shared_memory(what: str) -> InferenceError:
+def refuse_shared_memory(what: str) -> InferenceError:
     return InferenceError(
         Fault.INVALID, f"{what} is in shared memory, which Shoal does not offer; send the data"
     )

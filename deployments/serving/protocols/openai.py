@@ -16,7 +16,7 @@ of words: near enough to budget with, not to bill by.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -64,7 +64,7 @@ class OpenAI:
     """The dialect."""
 
     name = "openai"
-    prefixes = ("/v1",)
+    prefixes: Sequence[str] = ("/v1",)
 
     def __init__(self, catalog: Catalog, engine: Engine | None) -> None:
         self._catalog = catalog

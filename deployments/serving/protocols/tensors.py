@@ -175,14 +175,24 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> ND
         raise invalid(f"input {name!r}: data {_shown(data)} must be a list")
     if data and type(data[0]) is list:
         data = _flat(name, data, shape)
-    count = prod(shape)
-    if len(data) != count:
-        raise invalid(
-            f"input {name!r}: data holds {len(data)} elements but shape {list(shape)} needs {count}"
-        )
+    _check_count(name, shape, data)
     if not _ALLOWED[datatype].issuperset(map(type, data)):
         raise _wrong_element(name, datatype, data)
     return _reshaped(name, _array(name, datatype, data), shape)
+
+
+def from_values(
+    name: str, datatype: str, shape: tuple[int, ...], values: list[Any]
+) -> NDArray[Any]:
+    """The tensor with these values, whose Python type is known to be right."""
+    _check_count(name, shape, values)
+    if datatype == "BYTES":
+        return bytes_array(values, shape) if values else _reshaped(name, _no_bytes(), shape)
+    try:
+        array = np.array(values, DTYPES[datatype])
+    except OverflowError:
+        raise _out_of_range(name, datatype, values) from None
+    return _reshaped(name, array, shape)
 
 
 def from_bytes(
@@ -240,6 +250,19 @@ def bytes_array(elements: Sequence[bytes], shape: tuple[int, ...]) -> NDArray[An
     array = np.empty(len(elements), np.object_)
     array[:] = elements
     return array.reshape(shape)
+
+
+def _no_bytes() -> NDArray[Any]:
+    return np.empty(0, np.object_)
+
+
+def _check_count(name: str, shape: tuple[int, ...], values: list[Any]) -> None:
+    count = prod(shape)
+    if len(values) != count:
+        raise invalid(
+            f"input {name!r}: data holds {len(values)} elements "
+            f"but shape {list(shape)} needs {count}"
+        )
 
 
 def _encoded(element: Any) -> bytes:

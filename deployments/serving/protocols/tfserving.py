@@ -10,6 +10,7 @@ the routes of `INFERENCE_TEMPLATES` are left to whoever holds such requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -68,7 +69,7 @@ class TensorFlowServing:
 
     name = "tensorflow"
     ignores_case = True
-    prefixes = ("/v1/models",)
+    prefixes: Sequence[str] = ("/v1/models",)
 
     def __init__(self, catalog: Catalog, engine: Engine | None) -> None:
         self._catalog = catalog

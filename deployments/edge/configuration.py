@@ -626,7 +626,7 @@ def _body_and_model(settings: EdgeSettings) -> Iterator[str]:
 
 _FIRST_MESSAGE = (
     f"http-request wait-for-body time 30s at-least 6 if {_IS_STREAM}",
-    f"http-request set-var(txn.length) req.body,bytes(1,4),hex,hex2i if {_IS_STREAM}",
+    f"http-request set-var(txn.length) req.body,bytes(1,4),hex,hex2i if {_is('kind', 'grpc')}",
     *(
         f"http-request wait-for-body time 30s at-least {n + 5} if {_IS_STREAM}"
         f" {{ var(txn.length) -m int ge {n} }}"
@@ -635,6 +635,10 @@ _FIRST_MESSAGE = (
 )
 """A stream may never end, so its body is not waited for: only for so much of the first message
 that its name and version (fields 1 and 2, at most 128 letters each) are there."""
+
+_IS_WHOLE = "{ req.body_len,sub(txn.length) ge 5 }"
+"""Whether the first message is there to its end; `ungrpc` sees nothing in one that is not, and
+`protobuf` would read on into the next one."""
 
 _PATH_4 = "var(txn.path),field(4,/)"
 _PATH_5 = "var(txn.path),field(5,/)"
@@ -650,8 +654,10 @@ _MODEL = (
     f"http-request set-var(txn.label) {_PATH_6},field(1,:) if {_is('kind', 'tensorflow')}"
     f" {{ {_PATH_5} -m str -i labels }}",
     f"http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if {_is('kind', 'grpc')}",
+    f"http-request set-var(txn.version) req.body,ungrpc(2) if {_is('kind', 'grpc')}"
+    f" {_has('model')} {_IS_WHOLE}",
     f"http-request set-var(txn.version) req.body,bytes(5),protobuf(2) if {_is('kind', 'grpc')}"
-    f" {_has('model')}",
+    f" {_has('model')} !{_IS_WHOLE}",
     f"http-request set-var(txn.named) req.body,json_query('$.model') if {_is('kind', 'openai')}"
     f" {_has('infer')} !{_has('named')}",
     *(

@@ -202,7 +202,6 @@ def test_metrics_have_a_listener_of_their_own_and_nothing_else_is_there(edge: Ed
 
 @pytest.mark.parametrize("percent", [1, 30, 50])
 def test_the_split_is_exact_in_percent(lab: Lab, percent: int) -> None:
-    """Every slot has a hundredth: 10,000 requests that name theirs by a sticky header."""
     v3, v4 = lab.upstream("v3"), lab.upstream("v4")
     fraud = a_model(
         a_version("3", a_server(v3.port)),

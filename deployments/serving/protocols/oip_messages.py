@@ -263,15 +263,14 @@ def top_classes(
     """The `count` highest scores of each row as Triton writes them: "score:index:label"."""
     if scores.dtype.kind not in "iufb" or scores.ndim < 1:
         raise invalid(f"output {name!r} is {tensors.datatype_of(scores)}, which has no classes")
-    rows = scores.reshape(1, -1) if scores.ndim == 1 else scores.reshape(len(scores), -1)
+    rows = scores.reshape(len(scores), prod(scores.shape[1:]))
     best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
     texts = [
         f"{_score(rows[row, index])}:{index}{_label(labels, index)}".encode()
         for row in range(len(rows))
         for index in best[row].tolist()
     ]
-    shape = best.shape[1:] if scores.ndim == 1 else best.shape
-    return tensors.bytes_array(texts, shape)
+    return tensors.bytes_array(texts, best.shape)
 
 
 def _score(value: Any) -> str:

@@ -47,6 +47,7 @@ SILENT_S = 8.0
 """After which a replica that says nothing is asked for, by Serve's own list."""
 VIEW_WAIT_S = 5.0
 SERVE_TIMEOUT_S = 120.0
+START_ATTEMPTS = 3
 
 Result = TypeVar("Result")
 _MEMORY = TypeAdapter(Memory)
@@ -85,10 +86,17 @@ class Controller:
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Return when the edge answers and the front desk stands behind it."""
+        """Return when the edge answers and the front desk stands behind it.
+
+        Raises `RuntimeError` with the reason when the first steps fail.
+        """
         self._begin()
+        failed = 0
         while not (self._routing and self._routing.desks):
             await self._next_step()
+            failed = failed + 1 if "step" in self._failures else 0
+            if failed >= START_ATTEMPTS:
+                raise RuntimeError(self._failures["step"])
 
     async def report(self, report: Report) -> None:
         """A replica's word. A change of state is answered when it has been acted on."""

@@ -28,7 +28,12 @@ def main(home: Path) -> None:
     _tell("starting the controller")
     actor = controller.create(running.settings, embedded.edge_token(home))
     _tell("starting Ray Serve, the front desk and the edge")
-    ray.get(actor.start.remote(), timeout=START_TIMEOUT_S)
+    try:
+        ray.get(actor.start.remote(), timeout=START_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        raise SystemExit(str(error.cause)) from None
+    except ray.exceptions.GetTimeoutError:
+        raise SystemExit(f"the cluster was not ready after {START_TIMEOUT_S:.0f} s") from None
     ray.shutdown()
 
 

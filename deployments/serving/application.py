@@ -87,6 +87,10 @@ class Application:
             name: RouteTable([*first, _group(d), *rest], engine) for name, d in self._named.items()
         }
 
+    def count(self, change: int) -> None:
+        """Count requests that came through another door (gRPC) as ongoing."""
+        self.ongoing += change
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await _not_http(scope, receive, send)

@@ -24,11 +24,12 @@ import ray
 
 from deployments.edge.routing import Server
 from deployments.inference import Fault, InferenceError
-from deployments.serving import openapi, reporter
+from deployments.serving import reporter
 from deployments.serving.admin import Admin
 from deployments.serving.application import Application
 from deployments.serving.catalog import ClusterCatalog
 from deployments.serving.forwarding import Forwarder, Unanswered
+from deployments.serving.grpc_forwarding import GrpcForwarder
 from deployments.serving.holding import View, WaitingRoom
 from deployments.serving.http import HttpRequest, HttpResponse, HttpStream, Route
 from deployments.serving.listener import Listener
@@ -90,11 +91,18 @@ class FrontDesk:
             dialects,
             edge_token=order.edge_token,
             ready=lambda: self._is_ready,
-            routes=[*routes, *openapi.routes()],
+            routes=routes,
         )
         port = await self._listener.serve_http(self._application, order.host)
-        _, grpc_port = await start_server(
-            self._catalog, None, order.host, 0, edge_token=order.edge_token
+        self._grpc, grpc_port = await start_server(
+            self._catalog,
+            None,
+            order.host,
+            0,
+            edge_token=order.edge_token,
+            ready=lambda: self._is_ready,
+            count=self._application.count,
+            forwarder=GrpcForwarder(self._room, self._meter, order.edge_token),
         )
         self._server = Server(reporter.replica_name(), order.host, port, grpc_port)
         self._following = asyncio.create_task(self._follow())

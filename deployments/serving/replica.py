@@ -135,8 +135,15 @@ class Replica:
             observe=self._meter.request,
         )
         port = await self._listener.serve_http(self._application, order.host)
-        _, grpc_port = await start_server(
-            catalog, engine, order.host, 0, edge_token=order.edge_token
+        self._grpc, grpc_port = await start_server(
+            catalog,
+            engine,
+            order.host,
+            0,
+            edge_token=order.edge_token,
+            ready=lambda: self._is_ready,
+            observe=self._meter.request,
+            count=self._application.count,
         )
         return Server(reporter.replica_name(), order.host, port, grpc_port)
 

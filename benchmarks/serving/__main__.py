@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.serving import chat, environments, raw, workloads
+from benchmarks.serving import chat, environments, raw, systems, workloads
 from benchmarks.serving.measure import (
     Point,
     Start,
@@ -30,9 +30,13 @@ from benchmarks.serving.measure import (
     wait_until_right,
 )
 from benchmarks.serving.report import Results
-from benchmarks.serving.systems import SYSTEMS, System
+from benchmarks.serving.shoal_system import Shoal, ShoalReplica
+from benchmarks.serving.systems import System
 from benchmarks.serving.workloads import Workload
 
+SYSTEMS: dict[str, type[System]] = {
+    system.name: system for system in (Shoal, *systems.PEERS, ShoalReplica)
+}
 _START_TIMEOUT_S = 120.0
 _SLOW = {"minilm": 2.0}
 """Workloads whose batches take so long that they need a longer window."""

@@ -67,18 +67,12 @@ def _stats() -> dict[int, _Stat]:
     return {stat.pid: stat for pid in pids if (stat := _read_stat(pid)) is not None}
 
 
-def _has_mark(pid: int, mark: bytes) -> bool:
-    try:
-        return mark in Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-
-
 class Tree:
     """All processes that one system started, daemons included."""
 
     def __init__(self) -> None:
         self._mark = secrets.token_hex(8)
+        self._marks = [self._mark.encode()]
         self._seen: dict[int, int] = {}  # pid -> when it started, so that a reused pid isn't ours
         self._roots: list[subprocess.Popen[bytes]] = []
 
@@ -132,13 +126,24 @@ class Tree:
     def members(self) -> list[_Stat]:
         """The live processes of this tree."""
         stats = _stats()
-        mark = self._mark.encode()
         ours = {pid for pid, started in self._seen.items() if self._is_same(stats, pid, started)}
-        ours |= {pid for pid in stats if pid not in ours and _has_mark(pid, mark)}
+        ours |= {pid for pid in stats if pid not in ours and self._has_mark(pid)}
         for pid in _descendants(stats, ours):
             ours.add(pid)
         self._seen = {pid: stats[pid].started for pid in ours}
         return [stats[pid] for pid in ours]
+
+    def adopt(self, mark: str) -> None:
+        """Count processes with `mark` in their environment too: those that a system started with
+        an environment of its own making."""
+        self._marks.append(mark.encode())
+
+    def _has_mark(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+        return any(mark in environment for mark in self._marks)
 
     @staticmethod
     def _is_same(stats: Mapping[int, _Stat], pid: int, started: int) -> bool:

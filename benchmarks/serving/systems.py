@@ -20,7 +20,7 @@ from benchmarks.serving import environments
 from benchmarks.serving.processes import Tree, free_port
 from benchmarks.serving.workloads import BARE_REPLY, OPEN_INFERENCE, PLAIN, Endpoint
 
-PEERS = "benchmarks.serving.peers"
+MODULES = "benchmarks.serving.peers"
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration><Appenders><Console name="out"><PatternLayout pattern="%d %p %m%n"/></Console>
@@ -74,7 +74,7 @@ class FastApi(System):
     def start(self, workload: str) -> Endpoint:
         port = free_port()
         command = [
-            *(self.program("uvicorn"), "--factory", f"{PEERS}.fastapi_app:build"),
+            *(self.program("uvicorn"), "--factory", f"{MODULES}.fastapi_app:build"),
             *("--host", "127.0.0.1", "--port", port, "--loop", "uvloop", "--http", "httptools"),
             *("--no-access-log", "--log-level", "warning"),
         ]
@@ -93,7 +93,7 @@ class LitServe(System):
 
     def start(self, workload: str) -> Endpoint:
         port = free_port()
-        module = f"{PEERS}.litserve_app"
+        module = f"{MODULES}.litserve_app"
         self.tree.start(
             [self.program("python"), "-m", module, "--port", str(port), "--workload", workload],
             log=self.log,
@@ -109,7 +109,7 @@ class BentoMl(System):
 
     def start(self, workload: str) -> Endpoint:
         port = free_port()
-        service = f"{PEERS}.bentoml_service:SERVICE"
+        service = f"{MODULES}.bentoml_service:SERVICE"
         self.tree.start(
             [self.program("bentoml"), "serve", service, "--host", "127.0.0.1", "-p", str(port)],
             log=self.log,
@@ -157,7 +157,7 @@ class MlServer(System):
     def _model(self, workload: str) -> dict[str, Any]:
         settings: dict[str, Any] = {
             "name": workload,
-            "implementation": f"{PEERS}.mlserver_models.{workload.capitalize()}",
+            "implementation": f"{MODULES}.mlserver_models.{workload.capitalize()}",
         }
         if workload != "noop":
             settings |= {"max_batch_size": 32, "max_batch_time": 0.005}
@@ -171,7 +171,7 @@ class KServe(System):
 
     def start(self, workload: str) -> Endpoint:
         port = free_port()
-        module = f"{PEERS}.kserve_server"
+        module = f"{MODULES}.kserve_server"
         self.tree.start(
             [self.program("python"), "-m", module, "--port", str(port), "--workload", workload],
             log=self.log,
@@ -249,7 +249,7 @@ class Ray(System):
         if self.driver is None:
             self.driver = self.tree.start(
                 [
-                    *(self.program("python"), "-m", f"{PEERS}.ray_app"),
+                    *(self.program("python"), "-m", f"{MODULES}.ray_app"),
                     *("--port", str(self.port), "--temp-dir", str(self.folder)),
                     *self.arguments(),
                 ],
@@ -312,7 +312,13 @@ class RayHaProxy(Ray):
         }
 
 
-SYSTEMS: dict[str, type[System]] = {
-    system.name: system
-    for system in (FastApi, Ray, RayHaProxy, LitServe, BentoMl, MlServer, KServe, TorchServe)
-}
+PEERS: tuple[type[System], ...] = (
+    FastApi,
+    Ray,
+    RayHaProxy,
+    LitServe,
+    BentoMl,
+    MlServer,
+    KServe,
+    TorchServe,
+)

@@ -142,7 +142,11 @@ class Servicer:
         return service_pb2.ServerReadyResponse(ready=self.is_ready())
 
     async def model_ready(self, request: Any) -> Any:
-        is_ready = descriptions.is_ready(self._catalog, request.name, request.version or None)
+        """Clients ask this until a model is there: an unknown one is not ready."""
+        try:
+            is_ready = descriptions.is_ready(self._catalog, request.name, request.version or None)
+        except InferenceError:
+            is_ready = False
         return service_pb2.ModelReadyResponse(ready=is_ready)
 
     async def server_metadata(self, request: Any) -> Any:

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--key", help="an API key")
     parser.add_argument("--timeout-s", type=float, default=120)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if unknown := [n for n in arguments.names if n not in known]:
         parser.error(f"unknown: {', '.join(unknown)}; known are {', '.join(known)}")
     names = arguments.names or known

@@ -304,6 +304,8 @@ def _request(model: str, version: str | None, body: Any) -> tuple[str, Any]:
         return f"/v1/models/{quote(model)}{at}:predict", {"instances": body}
     if not isinstance(body, dict):
         raise Failure(Exit.USAGE, "send a list of rows or a JSON object")
+    if {"path", "body"} <= body.keys():  # as in examples/requests
+        return str(body["path"]), body["body"]
     for field, path in (("messages", "chat/completions"), ("prompt", "completions"),
                         ("input", "embeddings")):  # fmt: skip
         if field in body:

@@ -137,7 +137,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> 
 
 def note(text: str, is_json: bool = False) -> None:
     """A line for people; on standard error when standard output is for a program."""
-    (err if is_json else out).print(_escaped(text))
+    (err if is_json else out).print(_escaped(text), soft_wrap=True)
 
 
 @contextlib.contextmanager

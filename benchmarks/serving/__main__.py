@@ -34,9 +34,8 @@ from benchmarks.serving.shoal_system import Shoal, ShoalReplica
 from benchmarks.serving.systems import System
 from benchmarks.serving.workloads import Workload
 
-SYSTEMS: dict[str, type[System]] = {
-    system.name: system for system in (Shoal, *systems.PEERS, ShoalReplica)
-}
+_ALL: tuple[type[System], ...] = (Shoal, *systems.PEERS, ShoalReplica)
+SYSTEMS = {system.name: system for system in _ALL}
 _START_TIMEOUT_S = 120.0
 _SLOW = {"minilm": 2.0}
 """Workloads whose batches take so long that they need a longer window."""
@@ -95,7 +94,11 @@ def run(plan: Plan) -> Results:
     results = Results(about=_about(plan))
     deadline_s = time.monotonic() + plan.minutes * 60
     tables = [workloads.read(name) for name in plan.workloads if name != "chat"]
-    for number in range(plan.rounds):
+    talkers = [name for name in plan.systems if name in chat.SYSTEMS]
+    if "chat" in plan.workloads and talkers:
+        chat.run(talkers, plan.rounds, results)
+        results.write(plan.out, _titles())
+    for number in range(plan.rounds if tables else 0):
         for table in tables:
             results.raw += raw.measure(table.name, plan.seconds * _SLOW.get(table.name, 1))
         for name in _rotated([n for n in plan.systems if n in SYSTEMS], number):
@@ -103,10 +106,6 @@ def run(plan: Plan) -> Results:
                 results.problems.append(f"round {number + 1} of {name}: no time left")
                 continue
             _round(plan, SYSTEMS[name](), tables, number, results)
-            results.write(plan.out, _titles())
-        if "chat" in plan.workloads and time.monotonic() < deadline_s:
-            talkers = _rotated([n for n in plan.systems if n in chat.SYSTEMS], number)
-            chat.run_round(talkers, results)
             results.write(plan.out, _titles())
     return results
 
@@ -167,7 +166,7 @@ def _line(point: Point, cold_start_s: float) -> str:
 
 
 def _titles() -> dict[str, str]:
-    return {name: system.title for name, system in SYSTEMS.items()} | chat.SYSTEMS
+    return {name: system.title for name, system in (chat.SYSTEMS | SYSTEMS).items()}
 
 
 def _about(plan: Plan) -> dict[str, str]:

@@ -16,6 +16,8 @@ of words: near enough to budget with, not to bill by.
 from __future__ import annotations
 
 import logging
+import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -112,7 +114,9 @@ class OpenAI:
                 "model", f"model {engine.model!r} does not generate text; ask it by /v2 or :predict"
             )
         wanted = read(document, request.deadline_s())
-        reply = Reply(engine.model, engine.version, is_chat)
+        reply = Reply(
+            engine.model, engine.version, is_chat, secrets.token_hex(12), int(time.time())
+        )
         if wanted.stream:
             return await _stream(engine, wanted, reply)
         return HttpResponse(200, await _whole(engine, wanted, reply))

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import base64
 import math
-import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -429,8 +427,8 @@ class Reply:
     model: str
     version: str
     is_chat: bool
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created_s: int = field(default_factory=lambda: int(time.time()))
+    id: str
+    created_s: int
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """A complete answer."""

@@ -1,10 +1,10 @@
 """How do weights come from an S3 bucket to this machine, whole?
 
 `s3://bucket/key` is one object, or everything under `key/`. What is there is listed first; sizes
-and ETags name the place in the cache, so changed weights never mix with old ones. Objects are fetched
-into a hidden folder beside that place, each verified by size and by MD5 where its ETag is one; the
-folder is renamed when all are there. A killed fetch goes on where it stopped, by range, as long as
-the object is the same.
+and ETags name the place in the cache, so changed weights never mix with old ones. Objects are
+fetched into a hidden folder beside that place, each verified by size and by MD5 where its ETag is
+one; the folder is renamed when all are there. A killed fetch goes on where it stopped, by range, as
+long as the object is the same.
 
 Credentials, region and endpoint are boto3's own affair (AWS_ENDPOINT_URL and the rest).
 """

@@ -16,8 +16,6 @@ of words: near enough to budget with, not to bill by.
 from __future__ import annotations
 
 import logging
-import secrets
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -35,6 +33,7 @@ from deployments.inference import (
     Signature,
     Tensor,
 )
+from deployments.serving import stamps
 from deployments.serving.http import HttpRequest, HttpResponse, HttpStream, Route
 from deployments.serving.protocols import openai_messages as messages
 from deployments.serving.protocols.model_pages import ModelPages
@@ -49,6 +48,7 @@ from deployments.serving.protocols.openai_messages import (
 )
 from deployments.serving.protocols.openai_texts import Piece, pieces
 from deployments.serving.protocols.tensors import bytes_array
+from deployments.serving.stamps import Stamp
 
 INFERENCE_TEMPLATES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 """The POST routes that only a running model can answer."""
@@ -68,7 +68,14 @@ class OpenAI:
     name = "openai"
     prefixes: Sequence[str] = ("/v1",)
 
-    def __init__(self, catalog: Catalog, engine: Engine | None) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        engine: Engine | None,
+        *,
+        stamp: Callable[[], Stamp] = stamps.fresh,
+    ) -> None:
+        self._stamp = stamp
         self._catalog = catalog
         self._engine = engine
         self._pages = ModelPages(catalog)
@@ -114,9 +121,7 @@ class OpenAI:
                 "model", f"model {engine.model!r} does not generate text; ask it by /v2 or :predict"
             )
         wanted = read(document, request.deadline_s())
-        reply = Reply(
-            engine.model, engine.version, is_chat, secrets.token_hex(12), int(time.time())
-        )
+        reply = Reply(engine.model, engine.version, is_chat, self._stamp())
         if wanted.stream:
             return await _stream(engine, wanted, reply)
         return HttpResponse(200, await _whole(engine, wanted, reply))

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from deployments.inference import Fault, GenerationRequest, InferenceError
 from deployments.serving.http import HttpResponse, retry_after
+from deployments.serving.stamps import Stamp
 
 Json = dict[str, Any]
 
@@ -427,8 +428,7 @@ class Reply:
     model: str
     version: str
     is_chat: bool
-    id: str
-    created_s: int
+    stamp: Stamp
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """A complete answer."""
@@ -472,9 +472,9 @@ class Reply:
 
     def _frame(self, kind: str, choices: Sequence[Json]) -> Json:
         return {
-            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.id}",
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{self.stamp.id}",
             "object": kind,
-            "created": self.created_s,
+            "created": self.stamp.created_s,
             "model": self.model,
             "system_fingerprint": f"{self.model}@{self.version}",
             "choices": choices,

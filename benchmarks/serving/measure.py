@@ -14,6 +14,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import IO, Any, cast
 
@@ -99,8 +100,8 @@ def check(endpoint: Endpoint, workload: Workload, count: int = 32) -> None:
             raise WrongAnswerError(f"{workload.name} row {number}: status {status}, {body[:300]!r}")
 
 
-def apply(load: Load, tree: Tree) -> tuple[Outcome, float, float]:
-    """Run `load` in a process: its outcome, the tree's CPU s in the window, others' CPU share."""
+def spawn(load: Load) -> subprocess.Popen[str]:
+    """Begin `load` in a process of its own; it writes events, the outcome last, to its stdout."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.serving.load"],
         stdin=subprocess.PIPE,
@@ -108,21 +109,30 @@ def apply(load: Load, tree: Tree) -> tuple[Outcome, float, float]:
         text=True,
         cwd=environments.ROOT,
     )
-    stdin, stdout = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
-    try:
+    with cast("IO[str]", process.stdin) as stdin:
         stdin.write(to_json(load))
-        stdin.close()
-        samples: list[tuple[float, float]] = []
-        for line in stdout:
+    return process
+
+
+def events(process: subprocess.Popen[str]) -> Iterator[Outcome | str]:
+    """What a spawned load says, as it says it: "window", "end", and the outcome last."""
+    try:
+        for line in cast("IO[str]", process.stdout):
             event = json.loads(line)
-            if event["event"] == "outcome":
-                outcome = Outcome(**event["outcome"])
-                return outcome, *_shares(samples, outcome)
-            samples.append((tree.usage().cpu_s, machine_busy_s()))
-        raise RuntimeError("the load generator ended without an outcome")
+            yield Outcome(**event["outcome"]) if "outcome" in event else event["event"]
     finally:
         process.kill()
         process.wait()
+
+
+def apply(load: Load, tree: Tree) -> tuple[Outcome, float, float]:
+    """Run `load` in a process: its outcome, the tree's CPU s in the window, others' CPU share."""
+    samples: list[tuple[float, float]] = []
+    for event in events(spawn(load)):
+        if isinstance(event, Outcome):
+            return event, *_shares(samples, event)
+        samples.append((tree.usage().cpu_s, machine_busy_s()))
+    raise RuntimeError("the load generator ended without an outcome")
 
 
 def _shares(samples: list[tuple[float, float]], outcome: Outcome) -> tuple[float, float]:

@@ -85,14 +85,18 @@ class Shoal(System):
 
     def start(self, workload: str) -> Endpoint:
         if not self.url:
-            ports = ("--port", "0", "--grpc-port", "0", "--metrics-port", "0")
-            self.url = self.shoal("up", *ports)["url"]
-            self.tree.adopt(json.loads((self.home / "cluster.json").read_text())["id"])
-            self.key = self.shoal("keys", "create", "benchmark", *_LIMITS)["key"]
+            self.up()
         file = self.folder / f"{workload}.yaml"
         file.write_text(json.dumps(model_file(workload)))
         self.shoal("deploy", str(file))
         return self.endpoint(workload)
+
+    def up(self, *words: str) -> None:
+        """Start the cluster and make a caller's key with limits."""
+        ports = ("--port", "0", "--grpc-port", "0", "--metrics-port", "0")
+        self.url = self.shoal("up", *ports, *words)["url"]
+        self.tree.adopt(json.loads((self.home / "cluster.json").read_text())["id"])
+        self.key = self.shoal("keys", "create", "benchmark", *_LIMITS)["key"]
 
     def endpoint(self, workload: str) -> Endpoint:
         """The edge."""

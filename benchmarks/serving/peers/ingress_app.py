@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,52 +26,56 @@ from ray import serve
 PREFIX = "/_/noop"
 
 
-async def application(
-    scope: dict[str, Any],
-    receive: Callable[[], Awaitable[dict[str, Any]]],
-    send: Callable[[dict[str, Any]], Awaitable[None]],
-) -> None:
-    """{"x": rows} -> {"y": rows}."""
-    if scope["type"] != "http":
-        return
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    content = json.dumps({"y": json.loads(body)["x"]}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+Message = dict[str, Any]
+
+
+class Application:
+    """{"x": rows} -> {"y": rows}. An object: Serve takes a function for one that makes an app."""
+
+    async def __call__(
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        if scope["type"] != "http":
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        content = json.dumps({"y": json.loads(body)["x"]}).encode()
+        length = (b"content-length", b"%d" % len(content))
+        headers = [(b"content-type", b"application/json"), length]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
 
 
 @serve.deployment(max_ongoing_requests=2000)
-@serve.ingress(application)
+@serve.ingress(Application())
 class Direct:
     pass
 
 
 @serve.deployment
 class Own:
-    """Starts a listener of its own and says where."""
+    """Starts a listener of its own and writes its port to `file`."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: str) -> None:
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
+        Path(file).write_text(str(self.socket.getsockname()[1]))
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         config = uvicorn.Config(
-            application, loop="uvloop", http="httptools", access_log=False, log_level="warning"
+            Application(), loop="uvloop", http="httptools", access_log=False, log_level="warning"
         )
         server = uvicorn.Server(config)
         loop = config.get_loop_factory()
         with asyncio.Runner(loop_factory=loop) as runner:
             runner.run(server.serve(sockets=[self.socket]))
-
-    def port(self) -> int:
-        number: int = self.socket.getsockname()[1]
-        return number
 
 
 def direct_port() -> int:
@@ -101,8 +106,9 @@ def main() -> None:
     )
     serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
     serve.run(Direct.bind(), name="direct", route_prefix=PREFIX)  # type: ignore[attr-defined]
-    handle = serve.run(Own.bind(), name="own", route_prefix=None)  # type: ignore[attr-defined]
-    ports = {"serve": direct_port(), "own": handle.port.remote().result()}
+    file = Path(arguments.temp_dir) / "own-port"
+    serve.run(Own.bind(str(file)), name="own", route_prefix=None)  # type: ignore[attr-defined]
+    ports = {"serve": direct_port(), "own": int(file.read_text())}
     print(json.dumps(ports), flush=True)
     sys.stdin.read()
     ray.shutdown()

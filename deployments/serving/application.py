@@ -19,9 +19,11 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from deployments.inference import Catalog, Engine, Fault, InferenceError
+from deployments.serving.delegation import ASGIApp, Replay
 from deployments.serving.disconnects import Disconnects, Receive, Waiting
 from deployments.serving.encoding import COMPRESS_BYTES_MIN, coding_wanted, compress, inflate
 from deployments.serving.http import (
@@ -54,6 +56,10 @@ class Application:
     requests that are being answered, so that a drain can wait for none. `observe(protocol, fault,
     seconds)` hears of each POST to a dialect that was answered (fault None) or refused.
 
+    `delegates`: ASGI apps that answer a POST to their path in the dialect's stead, such as vLLM's
+    for OpenAI's; they get the whole body, inflated, in one message, and may raise `InferenceError`
+    before they answer.
+
     A dialect may have a `name`: requests with that `x-shoal-dialect` look in its routes first (the
     edge's TF Serving listener says `tensorflow`); and `ignores_case` for its paths.
     """
@@ -68,11 +74,13 @@ class Application:
         edge_token: str | None = None,
         body_bytes_max: int = BODY_BYTES_MAX,
         routes: Sequence[Route] = (),
+        delegates: Mapping[str, ASGIApp] = MappingProxyType({}),
         observe: Callable[[str, Fault | None, float], None] | None = None,
     ) -> None:
         self.catalog = catalog
         self.ongoing = 0
         self._observe = observe
+        self._delegates = delegates
         self._ready = ready
         self._token = None if edge_token is None else edge_token.encode()
         self._body_bytes_max = body_bytes_max
@@ -105,6 +113,7 @@ class Application:
         headers = dict(scope["headers"])
         target: Target | None = None
         waiting: Waiting | None = None
+        answer: HttpResponse | HttpStream | HttpRequest
         start_s = 0.0  # when the whole request was there
         fault: Fault | None = None
         try:
@@ -114,8 +123,11 @@ class Application:
                 target = self._target(scope, headers)
                 request = await self._request(scope, receive, headers, target)
                 start_s = time.perf_counter()
-                waiting = self._clients.enter(receive)
-                answer = await target.handler(request)
+                if self._delegates and request.path in self._delegates:
+                    answer = request
+                else:
+                    waiting = self._clients.enter(receive)
+                    answer = await target.handler(request)
             except InferenceError as error:
                 fault = error.fault
                 answer = self._refusal(scope, headers, target, error)
@@ -124,11 +136,11 @@ class Application:
                 answer = self._failure(scope, headers, target)
             if isinstance(answer, HttpResponse):
                 await self._send(headers, answer, send)
-            else:
+            elif isinstance(answer, HttpStream):
                 await self._stream(headers, answer, send)
-            if self._observe is not None and target is not None and target.protocol:
-                seconds = time.perf_counter() - start_s if start_s else 0.0
-                self._observe(target.protocol, fault, seconds)
+            else:
+                fault = await self._delegate(scope, headers, target, answer, receive, send)
+            self._tell(target, fault, start_s)
         except asyncio.CancelledError:
             if waiting is None or not waiting.is_gone:
                 raise
@@ -137,6 +149,36 @@ class Application:
         finally:
             if waiting is not None:
                 self._clients.leave(waiting)
+
+    def _tell(self, target: Target | None, fault: Fault | None, start_s: float) -> None:
+        """Let the observer know how a request ended."""
+        if self._observe is not None and target is not None and target.protocol:
+            seconds = time.perf_counter() - start_s if start_s else 0.0
+            self._observe(target.protocol, fault, seconds)
+
+    async def _delegate(
+        self,
+        scope: Scope,
+        headers: Mapping[bytes, bytes],
+        target: Target | None,
+        request: HttpRequest,
+        receive: Receive,
+        send: Send,
+    ) -> Fault | None:
+        """Let the path's own app answer; how that ended, as far as its status says."""
+        replay = Replay(request, receive, send)
+        try:
+            await self._delegates[request.path](replay.scope(scope), replay.receive, replay.send)
+        except Exception as error:
+            if replay.status is not None:
+                raise  # it had begun to answer: the server cuts the connection
+            if isinstance(error, InferenceError):
+                fault, answer = error.fault, self._refusal(scope, headers, target, error)
+            else:
+                fault, answer = Fault.INTERNAL, self._failure(scope, headers, target)
+            await self._send(headers, answer, send)
+            return fault
+        return replay.fault
 
     def _check_edge(self, headers: Mapping[bytes, bytes], path: str) -> None:
         token = headers.get(b"x-shoal-edge", b"")

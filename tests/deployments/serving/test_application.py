@@ -7,9 +7,11 @@ import gzip
 import logging
 import socket
 import zlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import httpx
 import orjson
@@ -17,6 +19,7 @@ import pytest
 
 from deployments.inference import Fault, InferenceError
 from deployments.serving.application import Application
+from deployments.serving.delegation import ASGIApp, Receive, Send
 from deployments.serving.http import Handler, HttpRequest, HttpResponse, HttpStream, Route
 from tests.deployments.serving.engines import SingleCatalog, sum_engine
 from tests.deployments.serving.live import Live, eventually, live
@@ -127,7 +130,11 @@ class Served:
 
 @contextmanager
 def served(
-    *, edge_token: str | None = None, routes: Sequence[Route] = (), ready: bool = True
+    *,
+    edge_token: str | None = None,
+    routes: Sequence[Route] = (),
+    ready: bool = True,
+    delegates: Mapping[str, ASGIApp] = MappingProxyType({}),
 ) -> Iterator[Served]:
     seen: list[tuple[str, Fault | None, float]] = []
     parrot = Parrot()
@@ -140,6 +147,7 @@ def served(
         edge_token=edge_token,
         body_bytes_max=LIMIT,
         routes=routes,
+        delegates=delegates,
         observe=lambda *figures: seen.append(figures),
     )
     with live(application) as server, httpx.Client(base_url=server.url) as http:
@@ -339,6 +347,57 @@ def test_what_is_posted_to_a_dialect_is_observed_with_its_fault() -> None:
         faults = [None, Fault.OVERLOADED, Fault.INTERNAL, Fault.TOO_LARGE]
         assert [(p, f) for p, f, _ in there.seen] == [("parrot", f) for f in faults]
         assert all(0 <= seconds < 10 for _, _, seconds in there.seen)
+
+
+async def lent(scope: Any, receive: Receive, send: Send) -> None:
+    """An app of another library's, that answers with what it got."""
+    message = await receive()
+    length = dict(scope["headers"])[b"content-length"]
+    if message["body"] == b"no place":
+        raise InferenceError(Fault.OVERLOADED, "full")
+    if message["body"] == b"break":
+        raise RuntimeError("the secret recipe")
+    status = 404 if message["body"] == b"miss" else 200
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    if message["body"] == b"break off":
+        raise RuntimeError("later")
+    await send({"type": "http.response.body", "body": length + b" " + message["body"]})
+
+
+def test_a_delegate_answers_instead_of_the_handler() -> None:
+    with served(delegates={"/parrot/echo": lent}, edge_token="secret") as there:
+        assert there.http.post("/parrot/echo").status_code == 418
+        there.http.headers["x-shoal-edge"] = "secret"
+        packed = {"content-encoding": "gzip"}
+        answer = there.http.post("/parrot/echo", content=gzip.compress(b"hello"), headers=packed)
+        assert answer.text == "5 hello"
+        assert there.http.post("/parrot/echo", content=b"x" * (LIMIT + 1)).status_code == 418
+        assert there.http.post("/parrot/echo", content=b"no place").text == "squawk: full"
+        assert there.http.post("/parrot/echo", content=b"miss").status_code == 404
+        broken = there.http.post("/parrot/echo", content=b"break")
+        assert (broken.status_code, "recipe" in broken.text) == (500, False)
+        with pytest.raises(httpx.RemoteProtocolError):
+            there.http.post("/parrot/echo", content=b"break off")
+        eventually(lambda: there.application.ongoing == 0)
+        assert [fault for _, fault, _ in there.seen] == [
+            None, Fault.TOO_LARGE, Fault.OVERLOADED, Fault.NOT_FOUND, Fault.INTERNAL
+        ]  # fmt: skip
+
+
+def test_a_delegate_hears_when_its_client_hangs_up() -> None:
+    heard: list[str] = []
+
+    async def listening(scope: Any, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            heard.append(message["type"])
+            if message["type"] == "http.disconnect":
+                return
+
+    with served(delegates={"/parrot/echo": listening}) as there:
+        begin(there, "/parrot/echo").close()
+        eventually(lambda: there.application.ongoing == 0)
+        assert heard == ["http.request", "http.disconnect"]
 
 
 def begin(here: Served, path: str) -> socket.socket:

@@ -255,22 +255,31 @@ def _check_key(key: KeyRoute) -> None:
 
 
 def _maps(routing: Routing) -> dict[str, dict[str, str]]:
-    models, keys = routing.models, routing.keys
+    keys = _key_maps(routing.keys) if routing.needs_key else {}
+    return {**_model_maps(routing.models), **keys, **_FIXED_MAPS}
+
+
+def _model_maps(models: Iterable[ModelRoute]) -> dict[str, dict[str, str]]:
+    versions = [(m.name, v) for m in models for v in m.versions]
     return {
         "models": {m.name: _choice(m) for m in models if m.versions},
         "slots": {f"{m.name}/{i}": b for m in models for i, b in enumerate(_slots(m))},
-        "versions": {f"{m.name}@{v.version}": v.backend for m in models for v in m.versions},
-        "labels": {
-            f"{m.name}@{label}": v.backend for m in models for v in m.versions for label in v.labels
-        },
+        "versions": {f"{name}@{v.version}": v.backend for name, v in versions},
+        "labels": {f"{name}@{label}": v.backend for name, v in versions for label in v.labels},
+    }
+
+
+def _key_maps(keys: Iterable[KeyRoute]) -> dict[str, dict[str, str]]:
+    rates = {k.id: k.rate_rps for k in keys}
+    concurrencies = {k.id: k.concurrency_max for k in keys}
+    return {
         "keys": {h.upper(): k.id for k in keys for h in k.hashes},
         "admins": {k.id: "1" for k in keys if k.is_admin},
         "allowed": {f"{k.id}/{model}": "1" for k in keys for model in k.models or ("*",)},
-        "rates": {k.id: str(k.rate_rps) for k in keys if k.rate_rps is not None},
+        "rates": {name: str(rate) for name, rate in rates.items() if rate is not None},
         "concurrencies": {
-            k.id: str(k.concurrency_max) for k in keys if k.concurrency_max is not None
+            name: str(most) for name, most in concurrencies.items() if most is not None
         },
-        **_FIXED_MAPS,
     }
 
 
@@ -306,18 +315,22 @@ def _slots(model: ModelRoute) -> list[str]:
 # --- servers ------------------------------------------------------------------------------------
 
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
-_OBSERVE = "observe layer4 error-limit 1 on-error mark-down pool-purge-delay 30s"
+_OBSERVE = "observe layer4 error-limit 1 on-error mark-down"
 
 
 def _servers(routing: Routing) -> Iterator[tuple[tuple[str, str], str]]:
     """The replicas' server lines; the desks are part of the skeleton."""
     for version in (v for m in routing.models for v in m.versions):
-        for server in version.servers:
+        for server in sorted(version.servers, key=_by_name):
             yield (version.backend, server.name), f"{_http(server)} {_CHECK} {_OBSERVE}"
             if server.grpc_port is not None:
                 check = f"check-proto h1 port {server.port} {_CHECK}"
                 line = f"{joined(server.host, server.grpc_port)} proto h2 {check} {_OBSERVE}"
                 yield (f"{version.backend}.grpc", server.name), line
+
+
+def _by_name(server: Server) -> str:
+    return server.name
 
 
 def _http(server: Server) -> str:
@@ -344,17 +357,18 @@ def _listeners(settings: EdgeSettings) -> dict[str, Listener]:
 
 
 def _text(routing: Routing, settings: EdgeSettings, servers: Mapping[tuple[str, str], str]) -> str:
+    desks = sorted(routing.desks, key=_by_name)
+    versions = [v for m in routing.models for v in m.versions]
     sections = [
         _global(settings),
         _defaults(settings),
         _METERS,
         *([_metrics(settings.metrics)] if settings.metrics else []),
         _frontend(routing, settings),
-        _desk(routing.desks),
+        _desk(desks),
         *(
-            _backend(version, backend, servers, routing.desks)
-            for model in routing.models
-            for version in model.versions
+            _backend(version, backend, servers, desks)
+            for version in sorted(versions, key=lambda v: v.backend)
             for backend in (version.backend, f"{version.backend}.grpc")
         ),
     ]

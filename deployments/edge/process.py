@@ -263,7 +263,7 @@ class Edge:
         staging.mkdir(exist_ok=True)
         _link(staging / CURRENT, str(generation))
         try:
-            self._command("-c", "-q", folder=staging)
+            self._command("-c", folder=staging)
         except EdgeError:
             shutil.rmtree(generation)
             raise

@@ -26,8 +26,8 @@ from tests.deployments.edge.ports import free_port
 from tests.deployments.edge.upstream import GrpcUpstream, Upstream
 
 
-def a_key(id: str = "anna", secret: str = "secret", **fields: Any) -> KeyRoute:
-    return KeyRoute(id, (hash_of(secret),), **fields)
+def a_key(name: str = "anna", secret: str = "secret", **fields: Any) -> KeyRoute:
+    return KeyRoute(name, (hash_of(secret),), **fields)
 
 
 def hash_of(secret: str) -> str:

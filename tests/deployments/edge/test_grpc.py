@@ -41,9 +41,7 @@ LONG = "m" + "x" * 62 + "m"
 @pytest.fixture(scope="module")
 def edge(shared_lab: Lab, replicas: dict[str, GrpcUpstream], authority: trustme.CA) -> Edge:
     http = shared_lab.upstream("http").port  # answers the health checks of all
-    servers = {
-        name: a_server(http, replica.port, name=name) for name, replica in replicas.items()
-    }
+    servers = {name: a_server(http, replica.port, name=name) for name, replica in replicas.items()}
     routing = a_routing(
         a_model(a_version("3", servers["v3"]), a_version("4", servers["v4"])),
         a_model(a_version(LONG, servers["long"], model="long"), name=LONG),
@@ -156,9 +154,7 @@ def test_the_replica_learns_what_the_edge_knows(
         ("other", grpc.StatusCode.PERMISSION_DENIED, "this key may not use the model fraud"),
     ],
 )
-def test_refusals_are_grpcs_own(
-    channel: Any, key: str, code: grpc.StatusCode, text: str
-) -> None:
+def test_refusals_are_grpcs_own(channel: Any, key: str, code: grpc.StatusCode, text: str) -> None:
     for call, request in (
         (channel.ModelInfer, a_request()),
         (channel.ModelStreamInfer, iter([a_request()])),

@@ -1,4 +1,4 @@
-"""Where does a request go? Asked of a real HAProxy, once for each protocol's ways to name a model."""
+"""Where does a request go? Asked of a real HAProxy, in all ways to name a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from urllib.parse import quote
 
 import httpx
 import pytest

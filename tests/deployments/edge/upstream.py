@@ -10,7 +10,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import uvicorn
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tests.deployments.edge.ports import free_port
 
@@ -65,16 +66,53 @@ async def _body(receive: Receive) -> bytes:
     body = b""
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        body += bytes(message.get("body", b""))
         if not message.get("more_body"):
             return body
 
 
+class Joined:
+    """A transport that sends what is written in one turn of the loop in one piece.
+
+    uvicorn writes head and body apart; a process killed in between has begun an answer that nobody
+    can take back.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._pieces: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._pieces:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._pieces.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._pieces:
+            self._transport.write(b"".join(self._pieces))
+            self._pieces.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class JoinedWrites(HttpToolsProtocol):
+    """HTTP/1.1 with an answer's head and body in one segment."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(Joined(transport))  # type: ignore[arg-type]
+
+
 def _server(replica: Replica, port: int) -> uvicorn.Server:
     config = uvicorn.Config(
-        replica,  # type: ignore[arg-type]
+        replica,
         host="127.0.0.1",
         port=port,
+        http=JoinedWrites,
         log_level="error",
         timeout_keep_alive=120,
         lifespan="off",
@@ -114,28 +152,22 @@ class GrpcUpstream(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: igno
     def stop(self) -> None:
         self._server.stop(None)
 
-    def ModelInfer(self, request: Any, context: Any) -> Any:
+    def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.metadata = dict(context.invocation_metadata())
         return service_pb2.ModelInferResponse(
             model_name=request.model_name, model_version=request.model_version, id=self.name
         )
 
-    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
+    def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         for request in requests:
             answer = self.ModelInfer(request, context)
             yield service_pb2.ModelStreamInferResponse(infer_response=answer)
 
-    def ServerLive(self, request: Any, context: Any) -> Any:
+    def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.ServerLiveResponse(live=True)
 
-    def ModelMetadata(self, request: Any, context: Any) -> Any:
+    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.ModelMetadataResponse(name=request.name, platform=self.name)
-
-
-async def never() -> AsyncIterator[bytes]:
-    """A body that does not end."""
-    yield b"{"
-    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ that is offered as a method of the runtime, but language models are asked throug
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -32,7 +33,7 @@ import inspect
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,7 +52,7 @@ from deployments.inference import (
 )
 from deployments.model import TensorSpec, Version
 from deployments.runtimes import ASGIApp, LoadError
-from deployments.runtimes.options import Options, first_line, near, read_options
+from deployments.runtimes.options import Options, near, read_options
 from deployments.runtimes.signatures import as_datatype, tensors
 
 PROMPT = (Tensor("text_input", "BYTES", (-1,)),)
@@ -134,18 +135,13 @@ class PythonTextRuntime:
         wishes = {**request.options, "max_tokens": request.max_tokens}
         named = _named(self._user.generate, {k: v for k, v in wishes.items() if v is not None})
         count = 0
-        pieces = _pieces(self._user.generate(given, **named))
-        async for piece in pieces:
-            if not isinstance(piece, str):
-                raise InferenceError(
-                    Fault.INTERNAL, f"generate must yield text, not {type(piece).__name__}"
-                )
-            if request.max_tokens is not None and count == request.max_tokens:
-                await _end(pieces)
-                yield GenerationChunk("", "length", completion_tokens=count)
-                return
-            count += 1
-            yield GenerationChunk(piece)
+        async with contextlib.aclosing(_pieces(self._user.generate(given, **named))) as pieces:
+            async for piece in pieces:
+                if request.max_tokens is not None and count == request.max_tokens:
+                    yield GenerationChunk("", "length", completion_tokens=count)
+                    return
+                count += 1
+                yield GenerationChunk(_text(piece))
         yield GenerationChunk("", "stop", completion_tokens=count)
 
     def predict(self, inputs: Tensors) -> Tensors:
@@ -328,21 +324,30 @@ def _wrong(what: str) -> InferenceError:
     return InferenceError(Fault.INTERNAL, f"the model's predict {what}")
 
 
-async def _pieces(given: Any) -> AsyncIterator[Any]:
+def _text(piece: Any) -> str:
+    if not isinstance(piece, str):
+        what = type(piece).__name__
+        raise InferenceError(Fault.INTERNAL, f"generate must yield text, not {what}")
+    return piece
+
+
+async def _pieces(given: Any) -> AsyncGenerator[Any, None]:
     """What a plain or an async generator (or a coroutine that returns text) yields."""
     if inspect.isawaitable(given):
         given = await given
     if isinstance(given, str):
         yield given
-    elif hasattr(given, "__aiter__"):
-        async for piece in given:
+        return
+    source = given if hasattr(given, "__aiter__") else _from_thread(iter(given))
+    try:
+        async for piece in source:
             yield piece
-    else:
-        async for piece in _from_thread(iter(given)):
-            yield piece
+    finally:
+        if hasattr(source, "aclose"):
+            await source.aclose()
 
 
-async def _from_thread(pieces: Iterator[Any]) -> AsyncIterator[Any]:
+async def _from_thread(pieces: Iterator[Any]) -> AsyncGenerator[Any, None]:
     """A blocking iterator run in a thread of its own, one piece ahead at most."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[bool, Any]] = asyncio.Queue()
@@ -350,7 +355,8 @@ async def _from_thread(pieces: Iterator[Any]) -> AsyncIterator[Any]:
     stopped = threading.Event()
 
     def send(done: bool, value: Any) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, (done, value))
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            loop.call_soon_threadsafe(queue.put_nowait, (done, value))
 
     def run() -> None:
         try:
@@ -359,6 +365,8 @@ async def _from_thread(pieces: Iterator[Any]) -> AsyncIterator[Any]:
                 room.acquire()
                 if stopped.is_set():
                     break
+            if hasattr(pieces, "close"):
+                pieces.close()
             send(True, None)
         except BaseException as error:  # noqa: BLE001 raised where the pieces are read
             send(True, error)
@@ -378,12 +386,6 @@ async def _from_thread(pieces: Iterator[Any]) -> AsyncIterator[Any]:
         room.release()
 
 
-async def _end(pieces: AsyncIterator[Any]) -> None:
-    close = getattr(pieces, "aclose", None)
-    if close is not None:
-        await close()
-
-
 def _close(user: Any) -> None:
     if callable(getattr(user, "close", None)):
         user.close()
@@ -394,7 +396,8 @@ def _tail(error: BaseException) -> str:
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if f.filename != __file__ and not f.filename.startswith("<frozen importlib")
+        if f.filename not in (__file__, importlib.__file__)
+        and not f.filename.startswith("<frozen importlib")
     ]
     lines = traceback.format_list(frames[-3:]) + traceback.format_exception_only(error)
-    return "".join(lines).rstrip() if frames else first_line(error)
+    return "".join(lines).rstrip()

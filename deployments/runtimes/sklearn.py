@@ -223,6 +223,8 @@ def _outputs(
         return _one_output(estimator.transform, probe, declared)
     if not hasattr(estimator, "classes_") or isinstance(estimator.classes_, list):
         return _one_output(_fast_value(estimator, probe), probe, declared)
+    if isinstance(probe, np.ndarray):  # a table's columns need not take zeros or empty text
+        _answered(estimator.predict, probe)
     classes = _plain(np.asarray(estimator.classes_))
     label = Tensor("label", datatype_of(classes.dtype), (-1,))
     labels = tuple(map(str, classes.tolist()))
@@ -257,19 +259,23 @@ def _one_output(
     ask: Model, probe: Any, declared: Sequence[TensorSpec]
 ) -> tuple[Ask, tuple[Tensor, ...], tuple[str, ...]]:
     """For estimators without classes: the form of the answer to the probe is the output's."""
-    try:
-        answer = _plain(_dense(ask(probe)))
-    except Exception as error:
-        raise LoadError(
-            f"source: the estimator can't answer a row of zeros: {first_line(error)}; "
-            "declare inputs that fit it"
-        ) from error
+    answer = _plain(_dense(_answered(ask, probe)))
     datatype = datatype_of(answer.dtype)
     name = "value" if datatype.startswith("FP") else "label"
     if len(declared) == 1:
         name = declared[0].name
     output = Tensor(name, datatype, (-1, *answer.shape[1:]))
     return lambda table, names: {name: _dense(ask(table))}, (output,), ()
+
+
+def _answered(ask: Model, probe: Any) -> Any:
+    try:
+        return ask(probe)
+    except Exception as error:
+        raise LoadError(
+            f"source: the estimator can't answer a row of zeros: {first_line(error)}; "
+            "declare inputs that fit it"
+        ) from error
 
 
 def _dense(answer: Any) -> Array:

@@ -41,11 +41,9 @@ class Vllm(System):
     title = "vllm serve"
 
     def start(self, workload: str) -> Endpoint:
-        from deployments import sources
-
         port = free_port()
         version = model_file("chat")["versions"]["1"]
-        weights = sources.fetch(version["source"], environments.DATA)
+        weights = self._weights(version["source"])
         options = [
             word
             for name, value in version["options"].items()
@@ -53,7 +51,7 @@ class Vllm(System):
         ]
         self.tree.start(
             [
-                *(str(Path(sys.executable).with_name("vllm")), "serve", str(weights), *options),
+                *(str(Path(sys.executable).with_name("vllm")), "serve", weights, *options),
                 *("--served-model-name", "chat", "--host", "127.0.0.1", "--port", str(port)),
                 "--disable-uvicorn-access-log",
             ],
@@ -63,6 +61,17 @@ class Vllm(System):
             ),
         )
         return Endpoint(port, "/v1/chat/completions", PLAIN)
+
+    def _weights(self, source: str) -> str:
+        """The same plain weights that Shoal's replica makes of the package."""
+        code = "import sys, pathlib; from deployments.sources import fetch; "
+        code += "print(fetch(sys.argv[1], pathlib.Path(sys.argv[2])))"
+        printed = self.tree.run(
+            [sys.executable, "-c", code, source, environments.DATA],
+            environment=environments.variables(Path(sys.prefix).name),
+            timeout_s=300,
+        )
+        return printed.strip().split("\n")[-1]
 
 
 class ShoalChat(Shoal):

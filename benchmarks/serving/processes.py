@@ -107,20 +107,24 @@ class Tree:
     ) -> str:
         """Run a command of this system to its end and return what it printed.
 
-        Raises `RuntimeError` with the end of its stderr when it fails.
+        Raises `RuntimeError` with the end of its stderr when it fails or takes too long.
         """
-        done = subprocess.run(
-            [str(part) for part in command],
-            check=False,
-            env={**environment, _MARK: self._mark},
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            start_new_session=True,
-        )
+        words = " ".join(str(part) for part in command)
+        try:
+            done = subprocess.run(
+                [str(part) for part in command],
+                check=False,
+                env={**environment, _MARK: self._mark},
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{words} took more than {timeout_s:.0f} s") from None
         if done.returncode != 0:
-            words = " ".join(str(part) for part in command)
-            raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr[-2000:]}")
+            said = (done.stderr or done.stdout)[-2000:]
+            raise RuntimeError(f"{words} ended with {done.returncode}: {said}")
         return done.stdout
 
     def members(self) -> list[_Stat]:

@@ -88,7 +88,7 @@ class Shoal(System):
             self.up()
         file = self.folder / f"{workload}.yaml"
         file.write_text(json.dumps(model_file(workload)))
-        self.shoal("deploy", str(file))
+        self.shoal("deploy", str(file), timeout_s=600)
         return self.endpoint(workload)
 
     def up(self, *words: str) -> None:

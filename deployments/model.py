@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -69,6 +70,13 @@ class TensorSpec(_Frozen):
     name: str = Field(min_length=1)
     datatype: Datatype
     shape: tuple[Annotated[int, Field(ge=-1)], ...]
+
+    @field_validator("shape")
+    @classmethod
+    def _rows_first(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if shape[:1] != (-1,):
+            raise ValueError(f"shape {list(shape)} must begin with -1, the rows")
+        return shape
 
 
 class Resources(_Frozen):
@@ -136,7 +144,7 @@ class Rollout(_Frozen):
     @field_validator("steps")
     @classmethod
     def _rising(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(steps)):
             raise ValueError(f"steps {list(steps)} must rise, such as [5, 25, 50, 100]")
         return steps
 
@@ -163,6 +171,15 @@ class Version(_Frozen):
     timeout_ms: int = Field(default=60_000, gt=0, le=86_400_000)
     idempotent: bool = True
     probe: bool = True
+
+    @field_validator("inputs", "outputs")
+    @classmethod
+    def _each_once(cls, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        names = [s.name for s in specs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} stands there twice")
+        return specs
 
     @property
     def digest(self) -> str:
@@ -215,7 +232,9 @@ class ModelFile(_Frozen):
             for label in version.labels:
                 _checked_name("label", label)
                 if label in labels:
-                    raise ValueError(f"label {label!r} is on versions {labels[label]!r} and {name!r}")
+                    raise ValueError(
+                        f"label {label!r} is on versions {labels[label]!r} and {name!r}"
+                    )
                 labels[label] = name
         return versions
 
@@ -248,7 +267,9 @@ def parse_model_file(document: Any, where: str = "model file") -> ModelFile:
     would be right.
     """
     if not isinstance(document, Mapping):
-        raise ModelFileError(where, [f"must be a mapping with name and versions, not {_kind(document)}"])
+        raise ModelFileError(
+            where, [f"must be a mapping with name and versions, not {_kind(document)}"]
+        )
     try:
         return ModelFile.model_validate(document)
     except ValidationError as error:
@@ -261,7 +282,7 @@ def read_model_file(path: Path) -> ModelFile:
     Raises `ModelFileError` (also for YAML that can't be read) and `OSError`.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ModelFileError(str(path), [f"is not YAML: {' '.join(str(error).split())}"]) from None
     model = parse_model_file(document, str(path))
@@ -270,6 +291,26 @@ def read_model_file(path: Path) -> ModelFile:
         for name, version in model.versions.items()
     }
     return model.model_copy(update={"versions": versions})
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets the second of two equal keys win silently; here it is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of `node`; what `<<` merges into it may be overridden as usual."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"the key {key_node.value!r} stands there twice",
+                    key_node.start_mark,
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
 
 
 def _anchored(source: str, folder: Path) -> str:

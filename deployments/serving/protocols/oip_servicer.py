@@ -56,8 +56,8 @@ class Servicer:
         try:
             sent = message(service_pb2.ModelInferRequest, data)
             engine, request, wish = self._read(sent, context)
-            pieces = _whole if engine.generates else _inferred
-            return data_of(await anext(pieces(engine, request, wish)))
+            answer = _whole if engine.generates else _inferred
+            return data_of(await answer(engine, request, wish))
         except InferenceError as error:
             fault = error.fault
             raise
@@ -93,10 +93,8 @@ class Servicer:
         fault: Fault | None = None
         try:
             engine, request, wish = self._read(sent, context)
-            pieces = _chunks if engine.generates else _inferred
+            pieces = _chunks if engine.generates else _single
             async for response in pieces(engine, request, wish):
-                if wish.wants_final and not engine.generates:
-                    oip_proto.mark_final(response, True)
                 yield service_pb2.ModelStreamInferResponse(infer_response=response)
         except InferenceError as error:
             fault = error.fault
@@ -222,11 +220,24 @@ def _stream_error(request_id: str, text: str) -> Any:
     )
 
 
-async def _inferred(engine: Engine, request: InferenceRequest, wish: Wish) -> AsyncIterator[Any]:
-    """Tensors from tensors: one response."""
+async def _inferred(engine: Engine, request: InferenceRequest, wish: Wish) -> Any:
+    """Tensors from tensors."""
     answer = await engine.infer(request)
     answer.id = request.id
-    yield oip_proto.write(engine, answer, wish)
+    return oip_proto.write(engine, answer, wish)
+
+
+async def _whole(engine: Engine, request: InferenceRequest, wish: Wish) -> Any:
+    """A generated text in one response."""
+    wanted = oip_text.text_from_tensors(request)
+    text, _ = await oip_text.whole(engine, wanted)
+    return oip_proto.write(engine, oip_text.text_response(wanted, text), wish)
+
+
+async def _single(engine: Engine, request: InferenceRequest, wish: Wish) -> AsyncIterator[Any]:
+    """Tensors from tensors, as the one response of a stream to its request."""
+    response = await _inferred(engine, request, wish)
+    yield oip_proto.mark_final(response, True) if wish.wants_final else response
 
 
 async def _chunks(engine: Engine, request: InferenceRequest, wish: Wish) -> AsyncIterator[Any]:
@@ -241,13 +252,6 @@ async def _chunks(engine: Engine, request: InferenceRequest, wish: Wish) -> Asyn
         await oip_text.close(chunks)
     if wish.wants_final:
         yield oip_proto.empty_final(engine, wanted.id)
-
-
-async def _whole(engine: Engine, request: InferenceRequest, wish: Wish) -> AsyncIterator[Any]:
-    """A generated text in one response."""
-    wanted = oip_text.text_from_tensors(request)
-    text, _ = await oip_text.whole(engine, wanted)
-    yield oip_proto.write(engine, oip_text.text_response(wanted, text), wish)
 
 
 def metadata_value(context: Any, name: str) -> str:

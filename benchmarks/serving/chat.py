@@ -26,7 +26,7 @@ from benchmarks.serving.load import percentile
 from benchmarks.serving.processes import free_port
 from benchmarks.serving.report import Results
 from benchmarks.serving.shoal_system import Shoal, model_file
-from benchmarks.serving.systems import System
+from benchmarks.serving.systems import MODULES, System
 from benchmarks.serving.workloads import PLAIN, Endpoint, http_post
 
 TOKENS = 64
@@ -51,7 +51,7 @@ class Vllm(System):
         ]
         self.tree.start(
             [
-                *(str(Path(sys.executable).with_name("vllm")), "serve", weights, *options),
+                *(sys.executable, "-m", f"{MODULES}.vllm_serve", "serve", weights, *options),
                 *("--served-model-name", "chat", "--host", "127.0.0.1", "--port", str(port)),
                 "--disable-uvicorn-access-log",
             ],
@@ -215,6 +215,9 @@ def _join(system: System, talkers: list[_Talker], results: Results) -> None:
         print(f"! chat on {system.name}: {error}\n{system.last_words()}", file=sys.stderr)
         system.stop()
         return
+    except BaseException:
+        system.stop()
+        raise
     talkers.append(_Talker(system, endpoint, said))
     print(f"  chat: {system.name} speaks after {time.monotonic() - began_s:.0f} s", flush=True)
 

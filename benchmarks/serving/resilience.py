@@ -112,24 +112,31 @@ class Cluster(Shoal):
 
 
 def loaded(
-    scenario: str, load: Load, event: Callable[[], str | None], more: Callable[[], Load] | None
+    scenario: str, load: Load, event: Callable[[], str], more: Callable[[], Load] | None
 ) -> Verdict:
     """Run `event` while `load` runs (and `more()` after it, beside the first); what callers saw."""
-    first = spawn(load)
-    outcomes: list[Outcome] = []
-    time.sleep(load.warm_s + _CALM_S)
-    began_s = time.monotonic()
-    notes = event() or ""
-    took_s: float | None = time.monotonic() - began_s
-    beside = spawn(more()) if more else None
-    if first.poll() is not None:
-        took_s = None
-    for process in (first, beside):
-        if process is not None:
-            outcomes += [said for said in events(process) if isinstance(said, Outcome)]
-    if _CALM_S + (took_s or 0) > load.seconds:
-        took_s = None
+    processes = [spawn(load)]
+    try:
+        time.sleep(load.warm_s + _CALM_S)
+        notes, took_s = _timed(event)
+        if more:
+            processes.append(spawn(more()))
+        outcomes = [said for p in processes for said in events(p) if isinstance(said, Outcome)]
+    finally:
+        for process in processes:
+            process.kill()
+    if took_s is not None and _CALM_S + took_s > load.seconds:
+        took_s, notes = None, f"{notes}; the load was over after {load.seconds:.0f} s"
     return _verdict(scenario, outcomes, took_s, notes)
+
+
+def _timed(event: Callable[[], str]) -> tuple[str, float | None]:
+    """What the event says and how long it took; None if it did not come to its end."""
+    began_s = time.monotonic()
+    try:
+        return event(), time.monotonic() - began_s
+    except (TimeoutError, RuntimeError) as error:
+        return str(error), None
 
 
 def _verdict(scenario: str, outcomes: list[Outcome], event_s: float | None, notes: str) -> Verdict:

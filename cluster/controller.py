@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 SILENT_S = 8.0
-"""After which a replica that says nothing is asked for, by Serve's own list."""
+"""After which a replica that says nothing is knocked at."""
+KNOCK_TIMEOUT_S = 2.0
 VIEW_WAIT_S = 5.0
 SERVE_TIMEOUT_S = 120.0
 START_ATTEMPTS = 3
@@ -79,6 +80,8 @@ class Controller:
         self._view = View(0)
         self._last: reconciliation.Step | None = None
         self._failures: dict[str, str] = {}
+        self._meters = process_meters()
+        self._counted: dict[tuple[str, str, str], int] = {}
         self._look = asyncio.Event()
         self._began = self._ended = 0
         self._step_ended = asyncio.Event()
@@ -153,7 +156,7 @@ class Controller:
             self._loop = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        meters = process_meters()
+        meters = self._meters
         steps = meters.counter(metrics.CONTROLLER_STEPS)
         step_failures = meters.counter(metrics.CONTROLLER_STEP_FAILURES)
         step_seconds = meters.histogram(metrics.CONTROLLER_STEP_SECONDS)
@@ -187,11 +190,12 @@ class Controller:
     async def _step(self) -> None:
         await self._in_serve(self._serve.start)
         apps = await self._in_serve(self._serve.list)
-        self._forget_silent(await self._in_serve(self._serve.replicas_alive, self._silent()))
+        await self._forget_silent()
         snapshot = self._observed(apps)
         step = reconciliation.reconcile(snapshot, self._memory)
         self._keep(step.memory)
         self._last = step
+        self._count_replicas()
         await self._route(step)
         self._show(step)
         for command in step.commands:
@@ -209,17 +213,15 @@ class Controller:
         reports = tuple(h.report for h in self._heard.values() if h.report.backend != DESK)
         return Snapshot(time.time(), wanted, known, reports)
 
-    def _silent(self) -> list[str]:
-        """Backends with a replica that has not been heard for a while."""
+    async def _forget_silent(self) -> None:
+        """Drop replicas that say nothing and don't answer at their own door either."""
         before_s = time.monotonic() - SILENT_S
-        return [name for name, heard in self._heard.items() if heard.at_s < before_s]
-
-    def _forget_silent(self, alive: set[str]) -> None:
-        """Drop silent replicas that are dead; one that only can't reach us stays."""
-        for name in self._silent():
-            if name not in alive:
-                logger.warning("replica %s is gone", name)
-                del self._heard[name]
+        silent = [heard.report for heard in self._heard.values() if heard.at_s < before_s]
+        answers = await asyncio.gather(*(_answers(report) for report in silent))
+        for report, is_there in zip(silent, answers, strict=True):
+            if not is_there:
+                logger.warning("replica %s of %s is gone", report.replica, report.backend)
+                self._heard.pop(report.replica, None)
 
     def _keep(self, memory: Memory) -> None:
         if memory != self._memory:
@@ -229,6 +231,20 @@ class Controller:
     def _remembered(self) -> Memory:
         kept = self._store.recall("memory")
         return _MEMORY.validate_python(kept) if kept else Memory()
+
+    def _count_replicas(self) -> None:
+        """Report the replicas by state; a count that is gone is zero."""
+        counts = dict.fromkeys(self._counted, 0)
+        for heard in self._heard.values():
+            report = heard.report
+            if report.backend != DESK:
+                model, version, _ = report.backend.split("--")
+                key = (model, version, report.state.value)
+                counts[key] = counts.get(key, 0) + 1
+        for (model, version, state), count in counts.items():
+            gauge = self._meters.gauge(metrics.REPLICAS, model=model, version=version, state=state)
+            gauge.set(count)
+        self._counted = {key: count for key, count in counts.items() if count}
 
     async def _route(self, step: reconciliation.Step) -> None:
         """Tell the edges, if anything is new to them."""
@@ -357,6 +373,7 @@ class Controller:
             "row": entry.id,
             "is_settled": bool(shift and is_current and (shift.is_done or shift.halted)),
             "halted": shift.halted if shift and is_current else "",
+            "problem": self._failures.get("step", ""),
             "traffic": dict(shift.effective) if shift else {},
             "wanted_traffic": (entry.document or {}).get("traffic", {}),
             "versions": [
@@ -377,6 +394,21 @@ class Controller:
         """Why a version is late, if a command for it failed."""
         prefix = f"{name}--{version}--"
         return next((text for b, text in self._failures.items() if b.startswith(prefix)), "")
+
+
+async def _answers(report: Report) -> bool:
+    """Whether somebody is at the replica's door; one that is slow to open counts as there."""
+    if report.server is None:
+        return False
+    try:
+        opening = asyncio.open_connection(report.server.host, report.server.port)
+        _, writer = await asyncio.wait_for(opening, KNOCK_TIMEOUT_S)
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def _differ(before: Report, now: Report) -> bool:

@@ -7,7 +7,6 @@ All calls block; the controller makes them from one thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,6 @@ class ServeApps:
             for name, app in serve.status().applications.items()
             if name != DESK
         }
-
-    def replicas_alive(self, names: Sequence[str]) -> set[str]:
-        """Which of the replicas called `names` (`r-ACTORID…`) still live."""
-        if not names:
-            return set()
-        from ray.util.state import list_actors
-
-        actors = list_actors(filters=[("state", "!=", "DEAD")], limit=10_000, timeout=10)
-        alive = {f"r-{actor.actor_id[:16]}" for actor in actors}
-        return alive & set(names)
 
     def perform(self, command: Command) -> None:
         """Do one command."""

@@ -241,7 +241,8 @@ def _stage(model: dict[str, Any]) -> str:
         + (f" ({v['reason']})" if v["reason"] else "")
         for v in model["versions"]
     ]
-    return f"{model['name']}: {', '.join(parts)}"
+    problem = f" (the controller fails: {model['problem']})" if model["problem"] else ""
+    return f"{model['name']}: {', '.join(parts)}{problem}"
 
 
 def _failures(model: dict[str, Any]) -> list[str]:
@@ -299,7 +300,7 @@ def _json_input(file: Path | None, data: str | None) -> Any:
 def _request(model: str, version: str | None, body: Any) -> tuple[str, Any]:
     """The path and body that say what `body` seems to mean."""
     at = f"/versions/{quote(version)}" if version else ""
-    name = f"{model}:{version}" if version else model
+    name = f"{model}@{version}" if version else model
     if isinstance(body, list):
         return f"/v1/models/{quote(model)}{at}:predict", {"instances": body}
     if not isinstance(body, dict):

@@ -189,6 +189,14 @@ class ReplicaEngine:
             if error.fault is not Fault.INVALID:
                 raise
 
+    async def close(self) -> None:
+        """Take no more work and free what the runtime holds."""
+        self._batcher.close()
+        if isinstance(self._runtime, TextRuntime):
+            await self._runtime.close()
+        else:
+            self._runtime.close()
+
     def _predict(self, inputs: Tensors) -> Tensors:
         return cast("Runtime", self._runtime).predict(inputs)
 

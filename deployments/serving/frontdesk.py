@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 import ray
 
 from deployments.edge.routing import Server
 from deployments.inference import Fault, InferenceError
-from deployments.serving import reporter
+from deployments.serving import openapi, reporter
 from deployments.serving.admin import Admin
 from deployments.serving.application import Application
 from deployments.serving.catalog import ClusterCatalog
@@ -34,7 +33,7 @@ from deployments.serving.holding import View, WaitingRoom
 from deployments.serving.http import HttpRequest, HttpResponse, HttpStream, Route
 from deployments.serving.listener import Listener
 from deployments.serving.meter import DeskMeter, process_meters
-from deployments.serving.protocols import oip, openai, tfserving
+from deployments.serving.protocols import oip, openai, openai_messages, tfserving
 from deployments.serving.protocols.oip_grpc import start_server
 from deployments.serving.reports import CONTROLLER, DESK, NAMESPACE, ReplicaState, Report
 
@@ -91,7 +90,7 @@ class FrontDesk:
             dialects,
             edge_token=order.edge_token,
             ready=lambda: self._is_ready,
-            routes=routes,
+            routes=[*routes, *openapi.routes(dialects, routes)],
         )
         port = await self._listener.serve_http(self._application, order.host)
         self._grpc, grpc_port = await start_server(
@@ -240,11 +239,7 @@ def _named(request: HttpRequest) -> tuple[str, str | None]:
     if "model" in request.parameters:
         version = request.parameters.get("version") or request.parameters.get("label")
         return request.parameters["model"], version
-    try:
-        body = orjson.loads(request.body)
-    except orjson.JSONDecodeError as error:
-        raise InferenceError(Fault.INVALID, f"the body is not JSON: {error}") from None
-    model = body.get("model") if isinstance(body, dict) else None
-    if not isinstance(model, str) or not model:
-        raise InferenceError(Fault.INVALID, "field model must name a model", field="model")
-    return model, None
+    model, _, version = openai_messages.model_of(openai_messages.parsed(request.body)).partition(
+        "@"
+    )
+    return model, version or None

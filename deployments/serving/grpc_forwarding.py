@@ -78,7 +78,7 @@ class GrpcForwarder:
             server = await self._room.server(backend, deadline_s, refused)
             began = False
             try:
-                async for data in self._call(server, method, first, rest, deadline_s):
+                async for data in self._call(server, backend, method, first, rest, deadline_s):
                     began = True
                     yield data
                 return
@@ -91,6 +91,7 @@ class GrpcForwarder:
     async def _call(
         self,
         server: Server,
+        backend: str,
         method: str,
         first: bytes,
         rest: AsyncIterator[bytes],
@@ -103,7 +104,7 @@ class GrpcForwarder:
 
         address = f"{server.host}:{server.grpc_port}"
         options: dict[str, Any] = {
-            "metadata": (("x-shoal-edge", self._token),),
+            "metadata": (("x-shoal-edge", self._token), ("x-shoal-backend", backend)),
             "timeout": max(0.1, deadline_s - time.monotonic()),
         }
         async with grpc.aio.insecure_channel(address, options=_LIMITS) as channel:

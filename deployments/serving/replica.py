@@ -30,9 +30,10 @@ from deployments.serving.catalog import OwnCatalog
 from deployments.serving.engine import ReplicaEngine
 from deployments.serving.listener import Listener
 from deployments.serving.meter import ReplicaMeter, process_meters
+from deployments.serving.own_openai import OwnOpenAI
 from deployments.serving.protocols.oip import OpenInference
 from deployments.serving.protocols.oip_grpc import start_server
-from deployments.serving.protocols.openai import OpenAI
+from deployments.serving.protocols.openai import OPENAI_INFERENCE_PATHS, OpenAI
 from deployments.serving.protocols.tfserving import TensorFlowServing
 from deployments.serving.reports import ReplicaState, Report
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 20.0
 WARM_UP_TIMEOUT_S = 600.0
+CLOSE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class Replica:
             edge_token=order.edge_token,
             ready=lambda: self._is_ready,
             observe=self._meter.request,
+            delegates=_delegates(catalog, engine),
         )
         port = await self._listener.serve_http(self._application, order.host)
         self._grpc, grpc_port = await start_server(
@@ -197,3 +200,20 @@ class Replica:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self._reporter.tell, ReplicaState.GONE)
         self._reporter.stop()
+        await asyncio.to_thread(self._closed)
+
+    def _closed(self) -> None:
+        """Close the doors and let the runtime give back what it holds."""
+        self._listener.run(self._grpc.stop(1), CLOSE_TIMEOUT_S)
+        self._listener.run(self._listener.close_http(), CLOSE_TIMEOUT_S)
+        if self._engine is not None:
+            self._listener.run(self._engine.close(), CLOSE_TIMEOUT_S)
+        self._listener.close()
+
+
+def _delegates(catalog: OwnCatalog, engine: ReplicaEngine) -> dict[str, OwnOpenAI]:
+    """What answers OpenAI's routes itself: vLLM's own app, within the engine's bound."""
+    if engine.openai_app is None:
+        return {}
+    app = OwnOpenAI(catalog, engine, engine.openai_app, engine.generation)
+    return dict.fromkeys(OPENAI_INFERENCE_PATHS, app)

@@ -87,7 +87,7 @@ class Cluster:
 
     def deploy(self, document: Mapping[str, Any] | Path, *words: str) -> Any:
         """Deploy a model file, or what one would hold."""
-        return self.ok("deploy", str(self.file(document)), *words)
+        return self.ok("deploy", str(self.file(document)), "--timeout-s", "120", *words)
 
     def file(self, document: Mapping[str, Any] | Path) -> Path:
         """A model file with `document`."""
@@ -176,8 +176,7 @@ class Traffic:
 
     def outcome(self) -> Outcome:
         """How it went, once it has ended."""
-        lines = (self._process.stdout or ()) if self._process.stdout else ()
-        values = [json.loads(line) for line in lines]
+        values = [json.loads(line) for line in self._process.stdout or ()]
         self._process.wait(60)
         outcome: dict[str, Any] = values[-1]["outcome"]
         return Outcome(**outcome)

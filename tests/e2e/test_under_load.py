@@ -22,8 +22,11 @@ def test_killing_a_replica_under_load_fails_no_request(digits: Cluster) -> None:
         os.kill(victim["pid"], signal.SIGKILL)
         outcome = traffic.outcome()
     assert (outcome.failures, outcome.answered_total) == (0, REQUESTS), outcome
-    until(lambda: len(digits.replicas("digits")) == 2)
-    assert victim["pid"] not in [r["pid"] for r in digits.replicas("digits")]
+
+    def pids() -> set[int]:
+        return {r["pid"] for r in digits.replicas("digits")}
+
+    until(lambda: len(pids()) == 2 and victim["pid"] not in pids())
 
 
 def test_killing_the_only_replica_holds_requests_until_another_is_up(cluster: Cluster) -> None:

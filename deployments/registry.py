@@ -144,14 +144,12 @@ class Registry:
         stay_offline()
         from mlflow import MlflowClient
 
-        with self._turn():
-            client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-            try:
+        try:
+            with self._turn():
+                client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
                 client.search_registered_models(max_results=1)  # sets up the tables
-            except Exception as error:
-                raise LoadError(
-                    f"the model registry can't be opened: {first_line(error)}"
-                ) from error
+        except Exception as error:
+            raise LoadError(f"the model registry can't be opened: {first_line(error)}") from error
         return client
 
     def _version(self, name: str, wanted: str) -> Registered:

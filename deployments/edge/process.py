@@ -241,10 +241,19 @@ class Edge:
         return self._configuration or Configuration("", "", {}, {})
 
     def _reload(self) -> str:
+        """The master's answer. Between two lives (it starts itself anew each time) it has none."""
+        answers: list[str] = []
+        _until(lambda: self._told_to_reload(answers), _START_S)
+        return answers[-1] if answers else "the master process does not answer"
+
+    def _told_to_reload(self, answers: list[str]) -> bool:
         try:
-            return self._master.send("reload")
+            answers.extend(filter(None, [self._master.send("reload")]))
+        except (ConnectionError, FileNotFoundError):
+            return False
         except OSError as error:
-            return f"the master process does not answer: {error}"
+            answers.append(f"the master process does not answer: {error}")
+        return bool(answers)
 
     # --- files ---
 

@@ -252,17 +252,9 @@ def _sampling(
         raise InferenceError(Fault.INVALID, f"the prompt {what}", field="prompt")
     wanted = {k: v for k, v in request.options.items() if v is not None}
     most = min(request.max_tokens or room, room)
-    try:
-        return SamplingParams(
-            **{
-                **defaults,
-                **wanted,
-                "max_tokens": most,
-                "output_kind": RequestOutputKind.DELTA,
-            }
-        )
-    except (TypeError, ValueError) as error:
-        raise InferenceError(Fault.INVALID, first_line(error)) from error
+    fixed = {"max_tokens": most, "output_kind": RequestOutputKind.DELTA}
+    with _as_inference_errors():
+        return SamplingParams(**{**defaults, **wanted, **fixed})
 
 
 def _chunk(output: Any, prompt: int, written: int) -> GenerationChunk:

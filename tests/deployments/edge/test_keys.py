@@ -198,7 +198,8 @@ def test_the_rate_of_a_key_is_bounded_and_others_are_not_hit(lab: Lab) -> None:
                 assert ben.post("/v2/models/fraud/infer").status_code == 200
     assert set(load.answers) == {"200", "429"}
     assert not load.errors
-    assert 100 <= load.answers["200"] <= 200  # 50/s for 3 s, and the first second's start
+    seconds = time.monotonic() - started_s
+    assert 50 <= load.answers["200"] <= 50 * (seconds + 1)  # the first second may start full
     with client_of(edge, headers=bearer("a")) as anna:
         answers = [anna.post("/v2/models/fraud/infer") for _ in range(60)]
     answer = answers[-1]

@@ -69,7 +69,7 @@ def test_a_replica_killed_under_load_costs_no_request(
         os.kill(processes[0].pid, signal.SIGKILL)
         wait_until(lambda: load.sent > 2500, 30)
     assert (set(load.answers), load.errors) == ({"200"}, [])
-    assert f"r{killed} is DOWN" in "\n".join(edge.events())
+    wait_until(lambda: f"r{killed} is DOWN" in "\n".join(edge.events()))
 
 
 def test_a_replica_that_begins_to_drain_costs_no_request(lab: Lab) -> None:

@@ -135,7 +135,7 @@ def _workload(plan: Plan, system: System, table: Workload, number: int, results:
     """Start, time, check, measure, finish."""
     began_s = time.monotonic()
     endpoint = system.start(table.name)
-    wait_until_right(endpoint, table.exchanges(endpoint)[0], _START_TIMEOUT_S)
+    wait_until_right(endpoint, table.exchanges(endpoint)[0], system.tree, _START_TIMEOUT_S)
     cold_start_s = time.monotonic() - began_s
     results.starts.append(Start(system.name, table.name, number, cold_start_s))
     check(endpoint, table)

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.serving import environments
 from benchmarks.serving.load import percentile
-from benchmarks.serving.processes import free_port
+from benchmarks.serving.processes import Tree, free_port
 from benchmarks.serving.report import Results
 from benchmarks.serving.shoal_system import Shoal, model_file
 from benchmarks.serving.systems import MODULES, System
@@ -209,7 +209,7 @@ def _join(system: System, talkers: list[_Talker], results: Results) -> None:
     began_s = time.monotonic()
     try:
         endpoint = system.start("chat")
-        said = _wait(endpoint)
+        said = _wait(endpoint, system.tree)
     except (OSError, RuntimeError) as error:
         results.problems.append(f"chat on {system.name}: {error}")
         print(f"! chat on {system.name}: {error}\n{system.last_words()}", file=sys.stderr)
@@ -222,10 +222,13 @@ def _join(system: System, talkers: list[_Talker], results: Results) -> None:
     print(f"  chat: {system.name} speaks after {time.monotonic() - began_s:.0f} s", flush=True)
 
 
-def _wait(endpoint: Endpoint) -> list[str]:
-    """What it says to three questions, once it speaks at all. Raises `TimeoutError`."""
+def _wait(endpoint: Endpoint, tree: Tree) -> list[str]:
+    """What it says to three questions, once it speaks at all. Raises `TimeoutError`, and
+    `RuntimeError` when it has ended."""
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while (first := asyncio.run(ask(endpoint, question(0)))).error:
+        if not tree.members():
+            raise RuntimeError("it ended instead of speaking")
         if time.monotonic() > deadline_s:
             raise TimeoutError(f"no text within {_START_TIMEOUT_S:.0f} s; last: {first.error}")
         time.sleep(0.5)

@@ -58,7 +58,7 @@ def run(connections: tuple[int, ...], seconds: float, rounds: int) -> list[Point
     try:
         endpoints = cluster.open()
         for endpoint in endpoints.values():
-            wait_until_right(endpoint, workload.exchanges(endpoint)[0], 60)
+            wait_until_right(endpoint, workload.exchanges(endpoint)[0], cluster.tree, 60)
         for number in range(rounds):
             for count in connections:
                 points += [

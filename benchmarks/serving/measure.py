@@ -75,8 +75,9 @@ def ask(endpoint: Endpoint, exchange: Exchange, timeout_s: float) -> tuple[int, 
         connection.close()
 
 
-def wait_until_right(endpoint: Endpoint, exchange: Exchange, timeout_s: float) -> None:
-    """Ask until the answer is right. Raises `TimeoutError` with the last thing seen."""
+def wait_until_right(endpoint: Endpoint, exchange: Exchange, tree: Tree, timeout_s: float) -> None:
+    """Ask until the answer is right. Raises `TimeoutError` with the last thing seen, and
+    `RuntimeError` when nothing of the system is alive any more."""
     deadline_s = time.monotonic() + timeout_s
     seen = "no connection"
     while time.monotonic() < deadline_s:
@@ -88,6 +89,8 @@ def wait_until_right(endpoint: Endpoint, exchange: Exchange, timeout_s: float) -
             if status == 200 and is_right(exchange, body):
                 return
             seen = f"status {status}: {body[:300]!r}"
+        if not tree.members():
+            raise RuntimeError(f"it ended instead of answering; last: {seen}")
         time.sleep(0.05)
     raise TimeoutError(f"no right answer within {timeout_s:.0f} s; last: {seen}")
 

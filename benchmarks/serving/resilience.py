@@ -244,7 +244,7 @@ def a_cluster() -> Iterator[tuple[Cluster, Endpoint]]:
     try:
         endpoint = cluster.open()
         table = workloads.read("digits")
-        wait_until_right(endpoint, table.exchanges(endpoint)[0], 60)
+        wait_until_right(endpoint, table.exchanges(endpoint)[0], cluster.tree, 60)
         check(endpoint, table)
         yield cluster, endpoint
     finally:

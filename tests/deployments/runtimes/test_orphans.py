@@ -12,13 +12,12 @@ import psutil
 import pytest
 
 SCRIPT = """
-import subprocess, sys, time
+import subprocess, sys
 from deployments.runtimes.orphans import Guard
 
 guard = Guard()
 with guard:
     child = subprocess.Popen(["sleep", "300"])
-    time.sleep(0.5)
     late = subprocess.Popen(["sleep", "300"])
 print(child.pid, late.pid, flush=True)
 if sys.stdin.readline() == "close\\n":

@@ -114,7 +114,7 @@ async def check_refusals(runtime: TextRuntime) -> None:
 
 async def check_openai(runtime: TextRuntime) -> None:
     assert runtime.openai_app is not None
-    transport = httpx.ASGITransport(app=runtime.openai_app)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(app=runtime.openai_app)
     async with httpx.AsyncClient(
         transport=transport, base_url="http://replica", timeout=120
     ) as client:

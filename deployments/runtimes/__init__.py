@@ -20,7 +20,7 @@ RUNTIMES = ("sklearn", "onnx", "torch", "sentence_transformers", "vllm", "python
 
 
 class LoadError(Exception):
-    """The weights can't be served; the message says which file or field, and what would be right."""
+    """The weights can't be served; the message names the file or field, and what would be right."""
 
 
 @runtime_checkable

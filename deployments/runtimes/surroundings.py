@@ -22,7 +22,8 @@ def announce_threads(count: int) -> None:
     """Tell libraries that are not imported yet to use `count` threads, which don't spin.
 
     OpenMP's threads wait for one another by spinning. With two of them and two busy neighbours on
-    two cores, MiniLM gave 8 sentences a second; sleeping instead gives 80, and costs nothing alone.
+    two cores, MiniLM gave 7 to 10 sentences a second; sleeping instead gives 58 to 109. A lone row
+    on idle cores pays for it (about 8.5 ms, not 7). OMP_WAIT_POLICY, where it is set, decides.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):

@@ -7,6 +7,7 @@ checked, and `Refused` says what would be right.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from random import SystemRandom
@@ -82,11 +83,14 @@ class Administration:
             known = ", ".join(repr(v) for v in file.versions)
             raise Refused(Fault.NOT_FOUND, f"version {version!r} is not one of {known}")
         percent = _whole("percent", arguments.get("percent", 100), 1, 100)
-        document = file.model_dump(mode="json")
-        document["traffic"] = shared(file.traffic, version, percent)
-        rollout = document["rollout"]
-        rollout["steps"] = arguments.get("steps") or []
-        rollout["interval_s"] = arguments.get("interval_s") or rollout["interval_s"]
+        traffic = shared(file.traffic, version, percent)
+        if traffic[version] != percent:
+            raise Refused(
+                Fault.INVALID,
+                f"percent must be 100, not {percent}: no other version has traffic to share",
+            )
+        document = {**file.model_dump(mode="json"), "traffic": traffic}
+        document["rollout"] |= {"steps": [], **_given(arguments, "steps", "interval_s")}
         new = self._parsed({"document": document})
         lines = self._changes(new)
         row = self._put(new, "promote", actor)
@@ -186,13 +190,16 @@ class Administration:
         raise Refused(Fault.NOT_FOUND, f"there is no key {wanted!r} (shoal keys list shows them)")
 
     def _checked_key(self, arguments: Arguments) -> Key:
-        models = arguments.get("models") or []
+        models = _given(arguments, "models").get("models", [])
         if not isinstance(models, list) or not all(isinstance(m, str) for m in models):
             raise Refused(Fault.INVALID, f"models must be a list of names, not {models!r}")
+        texts = {"name": "", "role": "caller", **_given(arguments, "name", "role")}
+        for field, value in texts.items():
+            if not isinstance(value, str):
+                raise Refused(Fault.INVALID, f"{field} must be text, not {value!r}")
         key = Key(
             id=f"{self._rng.getrandbits(40):010x}",
-            name=str(arguments.get("name", "")),
-            role=str(arguments.get("role") or "caller"),
+            **texts,
             models=tuple(models),
             rate_rps=arguments.get("rate_rps"),
             concurrency_max=arguments.get("concurrency_max"),
@@ -217,12 +224,17 @@ def shared(traffic: Mapping[str, int], version: str, percent: int) -> dict[str, 
     return {**{v: p for v, p in shares.items() if p}, version: percent}
 
 
+def _given(arguments: Arguments, *names: str) -> dict[str, Any]:
+    """Those of the arguments that say something."""
+    return {name: arguments[name] for name in names if arguments.get(name) is not None}
+
+
 def _whole(name: str, value: Any, low: int, high: int) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = low - 1
-    if isinstance(value, bool | float) or not low <= number <= high:
+    number = low - 1
+    if isinstance(value, str) or type(value) is int:
+        with contextlib.suppress(ValueError):
+            number = int(value)
+    if not low <= number <= high:
         raise Refused(
             Fault.INVALID, f"{name} must be a whole number from {low} to {high}, not {value!r}"
         )

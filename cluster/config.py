@@ -14,9 +14,10 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ def read_settings(
     values: dict[str, Any] = {}
     if file is not None:
         values.update(_checked_keys(_document(file), str(file)))
-    for name in _NAMES:
-        if (text := environment.get(f"SHOAL_{name.upper()}")) is not None:
-            values[name] = text
+    values.update(_from_environment(environment))
     values.update({k: v for k, v in (flags or {}).items() if v is not None})
     values.setdefault("home", default_home(environment))
     typed = {name: _typed(name, value) for name, value in values.items()}
@@ -143,6 +142,19 @@ def _document(file: Path) -> Mapping[str, Any]:
     return document or {}
 
 
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The `SHOAL_…` variables that are settings; one that nearly is one is refused."""
+    found = {name: environment.get(f"SHOAL_{name.upper()}", "") for name in _NAMES}
+    others = {v for v in environment if v.startswith("SHOAL_")} - _OTHER_VARIABLES
+    for variable in sorted(others - {f"SHOAL_{name.upper()}" for name in _NAMES}):
+        name = variable.removeprefix("SHOAL_").lower()
+        if near := difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.7):
+            raise ConfigError(
+                f"environment: unknown setting {variable}; did you mean SHOAL_{near[0].upper()}?"
+            )
+    return {name: text for name, text in found.items() if text}  # set to nothing = not set
+
+
 def _checked_keys(document: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     for key in document:
         if key not in _NAMES:
@@ -154,25 +166,47 @@ def _checked_keys(document: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 _TYPES = {f.name: str(f.type) for f in fields(Settings)}
 _NAMES = list(_TYPES)
+_OTHER_VARIABLES = {"SHOAL_URL", "SHOAL_KEY", "SHOAL_CLUSTER"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+PORTS = tuple(name for name in _NAMES if name == "port" or name.endswith("_port"))
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(PORTS, (0, 65535)),
+    "cpus": (1, 100_000),
+    "gpus": (0, 100_000),
+    "object_store_mb": (75, 100_000_000),  # Ray takes no less
+    "held_requests_max": (1, 1_000_000),
+    "drain_timeout_s": (0, 86_400),
+    "retry_body_kb": (1, 65_536),
+}
 
 
 def _typed(name: str, value: Any) -> Any:
     kind = _TYPES[name]
     if value is None and "None" in kind:
         return None
+    word, read = _KINDS[kind.split()[0]]
     try:
-        if kind.startswith("Path"):
-            return Path(value).expanduser().resolve()
-        if kind.startswith("int"):
-            return _whole(value)
-        if kind.startswith("float"):
-            return float(value)
-        if kind == "bool":
-            return _truth(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"setting {name} must be {_word(kind)}, not {value!r}") from None
-    return str(value)
+        return read(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise ConfigError(f"setting {name} must be {word}, not {value!r}") from None
+
+
+def _path(value: Any) -> Path:
+    if value == "":
+        raise ValueError(value)
+    return Path(value).expanduser().resolve()
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
 
 
 def _whole(value: Any) -> int:
@@ -188,25 +222,42 @@ def _truth(value: Any) -> bool:
     return text in _TRUE
 
 
-def _word(kind: str) -> str:
-    words = {"P": "a path", "i": "a whole number", "f": "a number", "b": "true or false"}
-    return words.get(kind[0], "text")
+_KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "Path": ("a path", _path),
+    "int": ("a whole number", _whole),
+    "float": ("a number", _number),
+    "bool": ("true or false", _truth),
+    "str": ("text", _text),
+}
 
 
 def _consistent(settings: Settings) -> Settings:
-    for name in (
-        "port",
-        "grpc_port",
-        "metrics_port",
-        "edge_metrics_port",
-        "tensorflow_port",
-        "https_port",
-    ):
-        port = getattr(settings, name)
-        if port is not None and not 0 <= port <= 65535:
-            raise ConfigError(f"setting {name} must be a port from 0 to 65535, not {port}")
+    for name, (low, high) in _BOUNDS.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            what = "a port " if name in PORTS else ""
+            raise ConfigError(f"setting {name} must be {what}from {low} to {high}, not {value}")
+    try:
+        IPv4Address(settings.host)
+    except ValueError:
+        raise ConfigError(
+            f"setting host must be an IPv4 address such as 127.0.0.1, not {settings.host!r}"
+        ) from None
+    _check_ports_differ(settings)
     if settings.https_port is not None and settings.tls_pem is None:
         raise ConfigError("setting https_port needs tls_pem: a file with certificate and key")
     if settings.tls_pem is not None and not settings.tls_pem.is_file():
         raise ConfigError(f"setting tls_pem names {str(settings.tls_pem)!r}, which is not a file")
     return settings
+
+
+def _check_ports_differ(settings: Settings) -> None:
+    taken: dict[int, str] = {}
+    for name in PORTS:
+        port = getattr(settings, name)
+        if port in taken:
+            raise ConfigError(
+                f"settings {taken[port]} and {name} are both {port}; each needs a port of its own"
+            )
+        if port:
+            taken[port] = name

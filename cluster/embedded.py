@@ -11,6 +11,7 @@ written to `HOME/cluster.json` before it is started, so that an interrupted star
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ from typing import Any
 import psutil
 
 from cluster.access.keys import Key, new_secret
-from cluster.config import ConfigError, Settings, child_environment, edge_settings
+from cluster.config import PORTS, ConfigError, Settings, child_environment, edge_settings
 
 MARK = "SHOAL_CLUSTER"
 HEAD_TIMEOUT_S = 120.0
@@ -73,7 +74,10 @@ def up(settings: Settings, tell: Tell) -> tuple[Running, bool]:
 
     Raises `ClusterError`; what was begun is ended again.
     """
-    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ClusterError(f"{settings.home} can't be the cluster's folder: {error}") from None
     with _locked(settings.home):
         known = find(settings.home)
         if known is not None and known.is_up and known.is_alive:
@@ -104,14 +108,16 @@ def down(home: Path, tell: Tell) -> bool:
 
 def find(home: Path) -> Running | None:
     """The cluster that `home` tells of, running or not."""
-    try:
-        values = json.loads((home / "cluster.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = home / "cluster.json"
+    if not file.exists():
         return None
-    except (OSError, json.JSONDecodeError) as error:
-        raise ClusterError(f"{home / 'cluster.json'} can't be read: {error}") from None
-    values["settings"] = _settings_from(values["settings"])
-    return Running(**values)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Running(**{**values, "settings": _settings_from(values["settings"])})
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"{file} can't be read: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ClusterError(f"{file} was not written by this version of Shoal") from None
 
 
 def admin_key(home: Path) -> str:
@@ -245,9 +251,10 @@ def _launch(running: Running, tell: Tell) -> None:
 def _wait_for_edge(running: Running) -> None:
     deadline_s = time.monotonic() + 60
     error: Exception | None = None
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
     while time.monotonic() < deadline_s:
         try:
-            with urllib.request.urlopen(f"{running.url}/readyz", timeout=5):
+            with direct.open(f"{running.url}/readyz", timeout=5):
                 return
         except (OSError, urllib.error.URLError) as failed:
             error = failed
@@ -260,9 +267,14 @@ def _first_key(settings: Settings) -> None:
     file = settings.home / "admin.key"
     if file.exists():
         return
+    from sqlalchemy.exc import SQLAlchemyError
+
     from cluster.store import Store
 
-    store = Store(settings.store_url)
+    try:
+        store = Store(settings.store_url)
+    except (SQLAlchemyError, ImportError) as error:
+        raise ClusterError(f"setting store: it can't be opened: {_first_line(error)}") from None
     rng = SystemRandom()
     key = Key(
         id=f"{rng.getrandbits(40):010x}",
@@ -330,33 +342,33 @@ def _is_process(pid: int, started_s: float) -> bool:
 
 def _with_ports(settings: Settings) -> Settings:
     """The settings with every port that may be any made a free one, the others checked."""
-    names = ("port", "grpc_port", "metrics_port", "edge_metrics_port")
-    optional = ("tensorflow_port", "https_port")
     chosen: dict[str, int] = {}
-    for name in (*names, *optional):
-        port = getattr(settings, name)
-        if port == 0:
-            chosen[name] = _free_port(settings.host)
-        elif port is not None and not _is_free(settings.host, port):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{name} {port} on {settings.host} is in use by another program; "
-                f"choose another with {flag} (0 = any free one)"
-            )
+    with contextlib.ExitStack() as until_all_are_chosen:
+        for name in PORTS:
+            if (port := getattr(settings, name)) is not None:
+                bound = until_all_are_chosen.enter_context(_bound(settings.host, name, port))
+                chosen[name] = int(bound.getsockname()[1])
     return replace(settings, **chosen)  # type: ignore[arg-type]
+
+
+def _bound(host: str, name: str, port: int) -> socket.socket:
+    """A socket on the port. Raises `ConfigError` if it can't be had."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            why = "is in use by another program"
+        else:
+            why = f"can't be used: {error.strerror}"
+        raise ConfigError(
+            f"{name} {port} on {host} {why}; choose another with --{name.replace('_', '-')} or "
+            f"SHOAL_{name.upper()} (0 = any free one)"
+        ) from None
 
 
 def _free_port(host: str) -> int:
     with socket.create_server((host, 0)) as probe:
         return int(probe.getsockname()[1])
-
-
-def _is_free(host: str, port: int) -> bool:
-    try:
-        with socket.create_server((host, port), reuse_port=False):
-            return True
-    except OSError:
-        return False
 
 
 def _ray_host() -> str:
@@ -366,6 +378,10 @@ def _ray_host() -> str:
     except OSError:
         return socket.gethostbyname(socket.gethostname())
     return "127.0.0.2"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tail(log: Path, lines: int = 3) -> str:

@@ -81,6 +81,8 @@ class ServeApps:
             edge_token=self._edge_token,
             cache=str(self._settings.home / "cache"),
             drain_timeout_s=self._settings.drain_timeout_s,
+            registry=self._settings.registry_url,
+            artifacts=str(self._settings.home / "artifacts"),
         )
         deployment = serve.deployment(
             Replica,
@@ -145,7 +147,6 @@ class ServeApps:
         folder = metrics_folder(self._settings)
         return {
             "PROMETHEUS_MULTIPROC_DIR": str(folder),
-            "MLFLOW_TRACKING_URI": self._settings.registry_url,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -159,7 +160,7 @@ def metrics_folder(settings: Settings) -> Path:
 
 
 def _threads(resources: Resources) -> dict[str, str]:
-    """No model takes more threads than the cores that it asked for."""
+    """No model takes more threads than the cores that it asked for, nor spins while it waits."""
     count = str(max(1, int(resources.cpu)))
     return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count)
 

@@ -87,9 +87,11 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self._engine = sa.create_engine(url)
-        if url.startswith("sqlite"):
+        if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _sqlite_pragmas)
-        _migrate(self._engine)
+            sa.event.listen(self._engine, "begin", _sqlite_begin)
+        self._writing = self._engine.execution_options(**{_WRITES: True})
+        _migrate(self._writing)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -101,23 +103,13 @@ class Store:
         self, model: str, action: str, document: Mapping[str, Any] | None, actor: str, now_s: float
     ) -> int:
         """Make `document` the one in force for `model`; its history id."""
-        values = {
-            "model": model,
-            "action": action,
-            "document": None if document is None else json.dumps(document),
-            "actor": actor,
-            "created_s": now_s,
-            "is_rolled_back": False,
-        }
-        with self._engine.begin() as db:
-            query = history.insert().values(values).returning(history.c.id)
-            return int(db.execute(query).scalar_one())
+        with self._writing.begin() as db:
+            return _appended(db, model, action, document, actor, now_s)
 
     def entries(self, model: str) -> list[Entry]:
         """The model's history, oldest first."""
-        query = history.select().where(history.c.model == model).order_by(history.c.id)
         with self._engine.connect() as db:
-            return [_entry(row) for row in db.execute(query)]
+            return _entries(db, model)
 
     def in_force(self) -> dict[str, Entry]:
         """The newest entry of each model that is not deleted."""
@@ -128,32 +120,14 @@ class Store:
 
     def roll_back(self, model: str, actor: str, now_s: float) -> Entry | None:
         """Put the newest earlier, not rolled back document in force; None if there is none."""
-        entries = self.entries(model)
-        if not entries or entries[-1].document is None:
-            return None
-        current = entries[-1]
-        earlier = [
-            e
-            for e in entries
-            if e.id < current.id
-            and not e.is_rolled_back
-            and e.action != "rollback"
-            and e.document is not None
-            and e.document != current.document
-        ]
-        since_deleted = max((e.id for e in entries if e.document is None), default=0)
-        earlier = [e for e in earlier if e.id > since_deleted]
-        if not earlier:
-            return None
-        bad = [e.id for e in entries if e.document == current.document]
-        with self._engine.begin() as db:
+        with self._writing.begin() as db:
+            entries = _entries(db, model)
+            chosen = _before(entries)
+            if chosen is None:
+                return None
+            bad = [e.id for e in entries if e.document == entries[-1].document]
             db.execute(history.update().where(history.c.id.in_(bad)).values(is_rolled_back=True))
-        chosen = earlier[-1]
-        row = self.append(model, "rollback", chosen.document, actor, now_s)
-        with self._engine.begin() as db:
-            db.execute(
-                history.update().where(history.c.id == chosen.id).values(is_rolled_back=False)
-            )
+            row = _appended(db, model, "rollback", chosen.document, actor, now_s)
         return replace(chosen, id=row, action="rollback", actor=actor, created_s=now_s)
 
     # keys
@@ -162,7 +136,7 @@ class Store:
         """Store a new key with its first hash. Raises `ValueError` if the name is taken."""
         row = {**asdict(key), "models": json.dumps(list(key.models))}
         try:
-            with self._engine.begin() as db:
+            with self._writing.begin() as db:
                 db.execute(keys.insert().values(row))
                 db.execute(_hash_row(KeyHash(sha256, key.id, key.created_s)))
         except sa.exc.IntegrityError:
@@ -172,7 +146,7 @@ class Store:
         """Add a hash; the ones before it end in `overlap_s` (or sooner if they did already)."""
         ends = now_s + overlap_s
         older = sa.or_(key_hashes.c.expires_s.is_(None), key_hashes.c.expires_s > ends)
-        with self._engine.begin() as db:
+        with self._writing.begin() as db:
             db.execute(
                 key_hashes.update()
                 .where(key_hashes.c.key_id == key_id, older)
@@ -182,7 +156,7 @@ class Store:
 
     def revoke_key(self, key_id: str, now_s: float) -> None:
         """End a key at once; its name stays taken by its record."""
-        with self._engine.begin() as db:
+        with self._writing.begin() as db:
             db.execute(keys.update().where(keys.c.id == key_id).values(revoked_s=now_s))
 
     def all_keys(self) -> list[Key]:
@@ -201,7 +175,7 @@ class Store:
     def remember(self, name: str, value: Any) -> None:
         """Keep a JSON value under `name`."""
         text = json.dumps(value)
-        with self._engine.begin() as db:
+        with self._writing.begin() as db:
             if not db.execute(
                 memory.update().where(memory.c.name == name).values(value=text)
             ).rowcount:
@@ -224,7 +198,7 @@ class Store:
             "target": target,
             "detail": json.dumps(detail),
         }
-        with self._engine.begin() as db:
+        with self._writing.begin() as db:
             db.execute(audit.insert().values(row))
 
     def audit(self, limit: int = 100) -> list[dict[str, Any]]:
@@ -232,6 +206,45 @@ class Store:
         query = audit.select().order_by(audit.c.id.desc()).limit(limit)
         with self._engine.connect() as db:
             return [dict(row) for row in db.execute(query).mappings()]
+
+
+def _appended(
+    db: sa.Connection,
+    model: str,
+    action: str,
+    document: Mapping[str, Any] | None,
+    actor: str,
+    now_s: float,
+) -> int:
+    values = {
+        "model": model,
+        "action": action,
+        "document": None if document is None else json.dumps(document),
+        "actor": actor,
+        "created_s": now_s,
+        "is_rolled_back": False,
+    }
+    query = history.insert().values(values).returning(history.c.id)
+    return int(db.execute(query).scalar_one())
+
+
+def _entries(db: sa.Connection, model: str) -> list[Entry]:
+    query = history.select().where(history.c.model == model).order_by(history.c.id)
+    return [_entry(row) for row in db.execute(query)]
+
+
+def _before(entries: list[Entry]) -> Entry | None:
+    """What a rollback goes back to: the newest other document since the model's last deletion."""
+    if not entries:
+        return None
+    *earlier, current = entries
+    for entry in reversed(earlier):
+        if current.document is None or entry.document is None:
+            return None
+        is_own = entry.action != "rollback" and not entry.is_rolled_back
+        if is_own and entry.document != current.document:
+            return entry
+    return None
 
 
 def _entry(row: Any) -> Entry:
@@ -245,17 +258,28 @@ def _hash_row(item: KeyHash) -> sa.Insert:
     return key_hashes.insert().values(asdict(item))
 
 
+_WRITES = "shoal_writes"
+"""The execution option that marks connections whose transactions write."""
+
+
 def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     """Readers never block the writer, and a busy store is waited for."""
+    connection.isolation_level = None  # transactions begin in `_sqlite_begin`
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA busy_timeout=10000")
+    cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
 
 
+def _sqlite_begin(connection: sa.Connection) -> None:
+    """A writer takes the lock before it reads, so that what it decided on still holds."""
+    writes = connection.get_execution_options().get(_WRITES)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
 def _migrate(engine: sa.Engine) -> None:
-    """Bring the store's tables to the newest form."""
+    """Bring the store's tables to the newest form, wholly or not at all."""
     from alembic import command
     from alembic.config import Config
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from random import Random
 
 from deployments.edge.routing import KeyRoute
+from deployments.model import NAME
 
 ROLES = ("caller", "admin")
+LIMIT_MAX = 1_000_000_000
+"""The largest rate or concurrency; HAProxy and the store count in 32 bits."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -66,13 +69,18 @@ def checked(key: Key) -> Key:
         )
     if key.role not in ROLES:
         raise KeyRefused(f"role {key.role!r} must be one of {', '.join(ROLES)}")
+    for model in key.models:
+        if not NAME.fullmatch(model):
+            raise KeyRefused(f"models: {model!r} can't be a model's name")
     for field in ("rate_rps", "concurrency_max"):
         value = getattr(key, field)
-        if value is not None and (
-            not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ):
-            raise KeyRefused(f"{field} must be a whole number of at least 1, not {value!r}")
+        if value is not None and not _is_limit(value):
+            raise KeyRefused(f"{field} must be a whole number from 1 to {LIMIT_MAX}, not {value!r}")
     return key
+
+
+def _is_limit(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LIMIT_MAX
 
 
 def routes(keys: list[Key], hashes: list[KeyHash], now_s: float) -> tuple[KeyRoute, ...]:

@@ -23,6 +23,7 @@ from deployments import sources
 from deployments.edge.routing import Server
 from deployments.inference import InferenceError, Signature
 from deployments.model import Version
+from deployments.registry import Registry
 from deployments.runtimes import LoadError, Runtime, TextRuntime, create
 from deployments.serving import reporter
 from deployments.serving.application import Application
@@ -46,7 +47,11 @@ CLOSE_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a replica is asked to be. `cache` holds fetched weights; `host` is what it binds."""
+    """What a replica is asked to be.
+
+    `host` is what it binds, `cache` the folder of fetched weights; `registry` is MLflow's URL and
+    `artifacts` where it keeps files.
+    """
 
     backend: str
     model: str
@@ -56,6 +61,8 @@ class Order:
     edge_token: str
     cache: str
     drain_timeout_s: float
+    registry: str
+    artifacts: str
 
 
 class Replica:
@@ -99,7 +106,9 @@ class Replica:
 
     def _runtime(self) -> Runtime | TextRuntime:
         order = self._order
-        weights = sources.fetch(order.spec.source, Path(order.cache))
+        cache = Path(order.cache)
+        registry = Registry(order.registry, order.artifacts, cache)
+        weights = sources.fetch(order.spec.source, cache, registry=registry)
         return create(order.model, order.spec, weights)
 
     def _loaded(self, runtime: Runtime | TextRuntime) -> Signature:

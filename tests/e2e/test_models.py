@@ -16,6 +16,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 import yaml
 
+from deployments.registry import Registry
 from tests.e2e.cluster import EXAMPLES, Cluster, is_alive, until
 
 DIGITS = str(EXAMPLES / "weights" / "digits.joblib")
@@ -194,6 +195,15 @@ def test_a_sleeping_model_holds_requests_until_it_is_up_again(cluster: Cluster) 
         thread.join(60)
     assert replies == [200] * 8
     cluster.ok("delete", "sleepy")
+
+
+def test_a_model_comes_from_the_registry_by_version(cluster: Cluster) -> None:
+    registry = Registry(f"sqlite:///{cluster.home / 'registry.db'}", cluster.home / "artifacts")
+    number = registry.register("forest", Path(DIGITS), runtime="sklearn")
+    source = {"1": {"source": f"models:/forest/{number}"}}
+    cluster.deploy(a_model("registered", versions=source))
+    assert cluster.post("/v2/models/registered/infer", PIXELS).status_code == 200
+    cluster.ok("delete", "registered")
 
 
 def test_loading_and_unloading_over_tritons_routes_works(cluster: Cluster) -> None:

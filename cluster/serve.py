@@ -162,7 +162,8 @@ def metrics_folder(settings: Settings) -> Path:
 def _threads(resources: Resources) -> dict[str, str]:
     """No model takes more threads than the cores that it asked for, nor spins while it waits."""
     count = str(max(1, int(resources.cpu)))
-    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count)
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    return {**dict.fromkeys(names, count), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _run(name: str, application: Any) -> None:

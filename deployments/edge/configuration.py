@@ -413,6 +413,7 @@ def _defaults(settings: EdgeSettings) -> str:
             "mode http",
             "log global",
             "option dontlognull",
+            "option httplog",
             "option dontlog-normal",
             "option abortonclose",
             "option http-no-delay",

@@ -1,6 +1,6 @@
 """A small replica to route to: says who it is and what reached it.
 
-In a thread of the test (`Upstream`), or as a process that can be killed (`python -m … PORT`).
+In a thread of the test (`Upstream`), or as a process to be killed (`python -m … PORT GRPC_PORT`).
 """
 
 from __future__ import annotations
@@ -170,5 +170,20 @@ class GrpcUpstream(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: igno
         return service_pb2.ModelMetadataResponse(name=request.name, platform=self.name)
 
 
+class AsyncGrpc(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """As a replica does it: head, message and trailer of an answer leave in one piece."""
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return service_pb2.ModelInferResponse(model_name=request.model_name)
+
+
+async def _serve(port: int, grpc_port: int) -> None:
+    server = grpc.aio.server()
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(AsyncGrpc(), server)
+    server.add_insecure_port(f"127.0.0.1:{grpc_port}")
+    await server.start()
+    await _server(Replica("killable"), port).serve()
+
+
 if __name__ == "__main__":
-    _server(Replica(sys.argv[1]), int(sys.argv[2])).run()
+    asyncio.run(_serve(int(sys.argv[1]), int(sys.argv[2])))

@@ -97,7 +97,7 @@ def test_a_replica_killed_under_load_costs_hardly_a_grpc_call(
                     assert stub.ModelInfer(request, timeout=20).model_name == "fraud"
                     answered[caller] += 1
                 except grpc.RpcError as error:
-                    lost.append(error.code())  # type: ignore[attr-defined]
+                    lost.append(error.code())
 
     with ThreadPoolExecutor(8) as crowd:
         calls = [crowd.submit(call, caller) for caller in range(8)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,24 @@ class Refusal(Exception):
 
 
 class Client:
-    """A cluster's admin API and its models' endpoints."""
+    """A cluster's admin API and its models' endpoints.
 
-    def __init__(self, url: str, key: str | None) -> None:
+    `is_remote`: it may be behind the proxy that the environment names; one on this machine is not.
+    """
+
+    def __init__(self, url: str, key: str | None, *, is_remote: bool = True) -> None:
         self.url = url.rstrip("/")
         self.key = key
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(60, connect=5)
-        )
+        headers: Mapping[bytes, bytes] = {b"authorization": f"Bearer {key}".encode()} if key else {}
+        try:
+            self._http = httpx.Client(
+                base_url=self.url,
+                headers=headers,
+                timeout=httpx.Timeout(60, connect=5),
+                trust_env=is_remote,
+            )
+        except httpx.InvalidURL as error:
+            raise Unreachable(f"{url!r} can't be a cluster's URL: {error}") from None
 
     @classmethod
     def of(cls, home: Path) -> Client:
@@ -47,7 +57,7 @@ class Client:
                 f"no cluster runs in {home}: start one with 'shoal up', "
                 "or name one with SHOAL_URL and SHOAL_KEY"
             )
-        return cls(running.url, key or embedded.admin_key(home))
+        return cls(running.url, key or embedded.admin_key(home), is_remote=False)
 
     def admin(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer of the admin API. Raises `Refusal` and `Unreachable`."""
@@ -55,13 +65,22 @@ class Client:
 
     def send(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON that the cluster answers. Raises `Refusal` and `Unreachable`."""
+        content = None if body is None else json.dumps(body).encode()
+        headers = {} if body is None else {"content-type": "application/json"}
         try:
-            answer = self._http.request(method, path, json=body if body is not None else None)
-        except httpx.TransportError as error:
-            raise Unreachable(f"no answer from {self.url}: {error}") from None
-        if answer.is_success:
+            answer = self._http.request(method, path, content=content, headers=headers)
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            what = str(error) or type(error).__name__
+            raise Unreachable(f"no answer from {self.url}: {what}") from None
+        if not answer.is_success:
+            raise Refusal(answer.status_code, _message(answer))
+        try:
             return answer.json()
-        raise Refusal(answer.status_code, _message(answer))
+        except ValueError:
+            raise Refusal(
+                answer.status_code,
+                f"{self.url}{path} did not answer in JSON: {answer.text[:300]}",
+            ) from None
 
 
 def _message(answer: httpx.Response) -> str:
@@ -70,4 +89,4 @@ def _message(answer: httpx.Response) -> str:
         error = answer.json()["error"]
     except (ValueError, KeyError, TypeError):
         return f"HTTP {answer.status_code}: {answer.text[:300]}"
-    return str(error["message"] if isinstance(error, dict) else error)
+    return str(error.get("message", error) if isinstance(error, dict) else error)

@@ -371,6 +371,7 @@ class Controller:
         return {
             "name": name,
             "row": entry.id,
+            "is_seen": is_current,
             "is_settled": bool(shift and is_current and (shift.is_done or shift.halted)),
             "halted": shift.halted if shift and is_current else "",
             "problem": self._failures.get("step", ""),

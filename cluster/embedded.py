@@ -27,12 +27,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from random import SystemRandom
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from cluster.access.keys import Key, new_secret
+from cluster.access.keys import Key, hash_of, new_secret
 from cluster.config import PORTS, ConfigError, Settings, child_environment, edge_settings
+
+if TYPE_CHECKING:
+    from cluster.store import Store
 
 MARK = "SHOAL_CLUSTER"
 HEAD_TIMEOUT_S = 120.0
@@ -109,11 +112,11 @@ def down(home: Path, tell: Tell) -> bool:
 def find(home: Path) -> Running | None:
     """The cluster that `home` tells of, running or not."""
     file = home / "cluster.json"
-    if not file.exists():
-        return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return Running(**{**values, "settings": _settings_from(values["settings"])})
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise ClusterError(f"{file} can't be read: {error}") from None
     except (KeyError, TypeError, AttributeError):
@@ -264,13 +267,11 @@ def _wait_for_edge(running: Running) -> None:
 
 def _first_key(settings: Settings) -> None:
     """Make the admin key that this machine's commands use, unless there is one."""
-    file = settings.home / "admin.key"
-    if file.exists():
-        return
     from sqlalchemy.exc import SQLAlchemyError
 
     from cluster.store import Store
 
+    file = settings.home / "admin.key"
     try:
         store = Store(settings.store_url)
     except (SQLAlchemyError, ImportError) as error:
@@ -288,6 +289,13 @@ def _first_key(settings: Settings) -> None:
     _write_private(file, secret)
 
 
+def _is_admin(store: Store, text: str) -> bool:
+    """Whether `text` is a key of role admin that goes on being valid."""
+    hashes = [h for h in store.key_hashes() if h.sha256 == hash_of(text) and h.expires_s is None]
+    live = {k.id for k in store.all_keys() if k.role == "admin" and k.revoked_s is None}
+    return any(h.key_id in live for h in hashes)
+
+
 # ending
 
 
@@ -296,7 +304,8 @@ def _end(running: Running) -> None:
     from deployments.edge.process import Edge
 
     settings = running.settings
-    Edge(settings.home / "edge", edge_settings(settings, "")).stop()
+    edge = Edge(settings.home / "edge", edge_settings(settings, ""))
+    edge.stop()
     if running.is_alive:
         head = psutil.Process(running.head_pid)
         with contextlib.suppress(psutil.Error):
@@ -311,6 +320,7 @@ def _end(running: Running) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(stubborn, timeout=5)
+    edge.stop()  # its keeper may have started it anew before it ended itself
     shutil.rmtree(settings.ray_folder, ignore_errors=True)
     (settings.home / "cluster.json").unlink(missing_ok=True)
 

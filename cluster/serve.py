@@ -21,6 +21,9 @@ from deployments.model import Resources, Version
 from deployments.serving.reports import DESK
 
 DEPLOYMENT = "replica"
+REPLICA_HOST = "127.0.0.1"
+"""Replicas of an embedded cluster answer the edge of their own machine, and nobody else."""
+
 CONSTRUCTOR_ATTEMPTS = 3
 """How often Serve starts a replica that crashes while it loads; a `LoadError` is final at once."""
 
@@ -77,7 +80,7 @@ class ServeApps:
             model=command.model,
             version=command.version,
             spec=command.spec,
-            host=self._settings.host,
+            host=REPLICA_HOST,
             edge_token=self._edge_token,
             cache=str(self._settings.home / "cache"),
             drain_timeout_s=self._settings.drain_timeout_s,
@@ -110,10 +113,11 @@ class ServeApps:
         ray.get(client._controller.update_deployment_replicas.remote(deployment, replicas))
 
     def _start_desk(self) -> None:
-        from deployments.serving.frontdesk import DeskOrder, FrontDesk
+        from deployments.serving.desk import DeskOrder
+        from deployments.serving.frontdesk import FrontDesk
 
         order = DeskOrder(
-            host=self._settings.host,
+            host=REPLICA_HOST,
             edge_token=self._edge_token,
             held_requests_max=self._settings.held_requests_max,
             drain_timeout_s=self._settings.drain_timeout_s,
@@ -126,7 +130,7 @@ class ServeApps:
             max_surge_percent=100,
             health_check_period_s=5,
             graceful_shutdown_wait_loop_s=0.1,
-            graceful_shutdown_timeout_s=10,
+            graceful_shutdown_timeout_s=self._settings.drain_timeout_s + 25,
         )
         _run(DESK, deployment.bind(order))
 

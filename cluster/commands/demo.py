@@ -52,7 +52,7 @@ def _deployed(url: str, key: str, llm: bool, start_s: float) -> list[str]:
     from cluster.client import Client
     from deployments.model import read_model_file
 
-    reached = Client(url, key)
+    reached = Client(url, key, is_remote=False)
     files = sorted([*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("*/*.yaml")])
     models = [read_model_file(f) for f in files if llm or f.stem != LLM]
     if llm:

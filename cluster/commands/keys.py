@@ -9,6 +9,8 @@ from urllib.parse import quote
 import typer
 
 from cluster.commands.terminal import (
+    Exit,
+    Failure,
     HomeOption,
     JsonOption,
     client,
@@ -38,7 +40,7 @@ def create(
     body = {
         "name": name,
         "role": role,
-        "models": [m.strip() for m in models.split(",") if m.strip()] if models else [],
+        "models": _names(models),
         "rate_rps": rate_rps,
         "concurrency_max": concurrency_max,
     }
@@ -55,7 +57,9 @@ def rotate(
     is_json: JsonOption = False,
 ) -> None:
     """Make a second secret for a key; the old one goes on for a while, so nobody is locked out."""
-    value = client(home).admin("POST", f"keys/{quote(key)}/rotate", {"overlap_s": overlap_s})
+    value = client(home).admin(
+        "POST", f"keys/{quote(key, safe='')}/rotate", {"overlap_s": overlap_s}
+    )
 
     def people() -> None:
         note(value["key"])
@@ -73,7 +77,7 @@ def revoke(
     is_json: JsonOption = False,
 ) -> None:
     """End a key at once."""
-    value = client(home).admin("DELETE", f"keys/{quote(key)}")
+    value = client(home).admin("DELETE", f"keys/{quote(key, safe='')}")
     show(value, is_json, lambda: note(f"{value['name']} may not call any more"))
 
 
@@ -84,6 +88,16 @@ def list_keys(home: HomeOption = None, is_json: JsonOption = False) -> None:
     value = client(home).admin("GET", "keys")
     columns = ("NAME", "ID", "ROLE", "MODELS", "RATE/S", "AT A TIME", "STATE")
     show(value, is_json, lambda: table(columns, [_row(k) for k in value], "no keys"))
+
+
+def _names(text: str | None) -> list[str]:
+    """The models named; nothing where something was meant must not become all of them."""
+    if text is None:
+        return []
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise Failure(Exit.USAGE, f"--models must be names such as a,b, not {text!r}")
+    return names
 
 
 def _row(key: dict[str, Any]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -27,6 +28,7 @@ from cluster.commands.terminal import (
 )
 
 POLL_S = 0.3
+quoted = partial(quote, safe="")
 TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="How long to follow.")]
 _SIGNS = {"add": "+", "replace": "~", "stop": "-", "keep": "=", "traffic": "→", "setting": "~"}
 
@@ -43,12 +45,13 @@ def deploy(
     """Put model files in force: shows the plan, then follows it to ready or to the reason."""
     from deployments.model import read_model_file
 
-    models = [read_model_file(file) for file in _files(target)]
+    models = [_read(file, read_model_file) for file in _files(target)]
+    _check_distinct([model.name for model in models], target)
     reached = client(home)
     results = []
     for model in models:
         document = model.model_dump(mode="json")
-        path = "plan" if is_plan else f"models/{quote(model.name)}"
+        path = "plan" if is_plan else f"models/{quoted(model.name)}"
         answer = reached.admin("POST" if is_plan else "PUT", path, {"document": document})
         results.append(answer)
         _show_plan(answer, is_json)
@@ -89,7 +92,7 @@ def promote(
         "steps": _steps(steps),
         "interval_s": interval_s,
     }
-    _change(home, "POST", f"models/{quote(model)}/promote", body, timeout_s, is_json)
+    _change(home, "POST", f"models/{quoted(model)}/promote", body, timeout_s, is_json)
 
 
 @command
@@ -100,7 +103,7 @@ def rollback(
     is_json: JsonOption = False,
 ) -> None:
     """Put what was in force before in force again, at once while its replicas still run."""
-    _change(home, "POST", f"models/{quote(model)}/rollback", {}, timeout_s, is_json)
+    _change(home, "POST", f"models/{quoted(model)}/rollback", {}, timeout_s, is_json)
 
 
 @command
@@ -112,7 +115,7 @@ def delete(
 ) -> None:
     """End a model: requests under way finish, replicas stop, memory comes back."""
     reached = client(home)
-    answer = reached.admin("DELETE", f"models/{quote(model)}")
+    answer = reached.admin("DELETE", f"models/{quoted(model)}")
 
     def is_gone() -> bool:
         known = [m["name"] for m in reached.admin("GET", "models")]
@@ -150,8 +153,8 @@ def logs(
     is_json: JsonOption = False,
 ) -> None:
     """What a model's replicas printed, and why versions failed."""
-    query = f"?lines={lines}" + (f"&version={quote(version)}" if version else "")
-    value = client(home).admin("GET", f"models/{quote(model)}/logs{query}")
+    query = f"?lines={lines}" + (f"&version={quoted(version)}" if version else "")
+    value = client(home).admin("GET", f"models/{quoted(model)}/logs{query}")
     show(value, is_json, lambda: _show_logs(value))
 
 
@@ -183,6 +186,19 @@ def _files(target: Path) -> list[Path]:
     return files
 
 
+def _read(file: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(file)
+    except OSError as error:
+        raise Failure(Exit.USAGE, f"{file} can't be read: {error.strerror}") from None
+
+
+def _check_distinct(names: Sequence[str], target: Path) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise Failure(Exit.USAGE, f"several files in {target} describe model {name!r}")
+
+
 def _show_plan(answer: dict[str, Any], is_json: bool) -> None:
     note(f"{answer['model']}:", is_json)
     for line in answer["changes"]:
@@ -199,8 +215,8 @@ def _change(
     _show_plan(answer, is_json)
     (model,) = _followed(reached, [answer], timeout_s, is_json)
     answer["status"] = model
-    if model["halted"]:
-        raise Failure(Exit.FAILED, model["halted"], answer)
+    if reasons := _failures(model, only_wanted=True):
+        raise Failure(Exit.FAILED, "\n".join(reasons), answer)
     show(answer, is_json, lambda: models_table([model]))
 
 
@@ -213,11 +229,13 @@ def _followed(
     said = ""
     with progress("waiting for replicas") as tell:
         while True:
-            models = [m for m in reached.admin("GET", "models") if m["name"] in rows]
+            by_name = {m["name"]: m for m in reached.admin("GET", "models")}
+            if missing := [name for name in rows if name not in by_name]:
+                raise Failure(Exit.FAILED, f"{missing[0]} was deleted meanwhile")
+            models = [by_name[name] for name in rows]
             late = [m for m in models if not _is_settled(m, rows[m["name"]])]
             if not late:
-                by_name = {m["name"]: m for m in models}
-                return [by_name[name] for name in rows if name in by_name]
+                return models
             text = "; ".join(_stage(m) for m in late)
             if text != said:
                 tell(said := text)
@@ -230,9 +248,10 @@ def _is_settled(model: dict[str, Any], row: int) -> bool:
     """Whether the change of history line `row` has come about, or something newer is in force."""
     if model["row"] != row:
         return bool(model["row"] > row)
+    if not model["is_seen"]:  # what it says of its versions is from before the change
+        return False
     starting = [v for v in model["versions"] if v["state"] == "starting"]
-    stuck = any(v["state"] == "failed" for v in model["versions"])
-    return not starting and (model["is_settled"] or stuck)
+    return not starting and (model["is_settled"] or bool(_failures(model, only_wanted=True)))
 
 
 def _stage(model: dict[str, Any]) -> str:
@@ -245,11 +264,13 @@ def _stage(model: dict[str, Any]) -> str:
     return f"{model['name']}: {', '.join(parts)}{problem}"
 
 
-def _failures(model: dict[str, Any]) -> list[str]:
+def _failures(model: dict[str, Any], *, only_wanted: bool = False) -> list[str]:
+    """Why versions failed; `only_wanted`: those that are to have traffic."""
+    wanted = model["wanted_traffic"]
     failed = [
         f"version {v['version']}: {v['reason']}"
         for v in model["versions"]
-        if v["state"] == "failed"
+        if v["state"] == "failed" and (not only_wanted or wanted.get(v["version"]))
     ]
     return failed or ([model["halted"]] if model["halted"] else [])
 
@@ -262,7 +283,7 @@ def _why(failed: dict[str, list[str]]) -> str:
 def _urls(reached: Any, models: Sequence[dict[str, Any]]) -> None:
     models_table(models)
     for model in models:
-        note(f"ready: {reached.url}/v2/models/{quote(model['name'])}/infer")
+        note(f"ready: {reached.url}/v2/models/{quoted(model['name'])}/infer")
 
 
 def _steps(text: str | None) -> list[int]:
@@ -289,31 +310,40 @@ def _json_input(file: Path | None, data: str | None) -> Any:
     try:
         if data is None:
             from_file = file is not None and str(file) != "-"
-            data = Path(str(file)).read_text() if from_file else sys.stdin.read()
+            data = file.read_text("utf-8") if file and from_file else sys.stdin.read()
         return json.loads(data)
     except OSError as error:
         raise Failure(Exit.USAGE, f"{name} can't be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise Failure(Exit.USAGE, f"{name} is not JSON: {error}") from None
 
 
 def _request(model: str, version: str | None, body: Any) -> tuple[str, Any]:
     """The path and body that say what `body` seems to mean."""
-    at = f"/versions/{quote(version)}" if version else ""
+    at = f"/versions/{quoted(version)}" if version else ""
     name = f"{model}@{version}" if version else model
     if isinstance(body, list):
-        return f"/v1/models/{quote(model)}{at}:predict", {"instances": body}
+        return f"/v1/models/{quoted(model)}{at}:predict", {"instances": body}
     if not isinstance(body, dict):
         raise Failure(Exit.USAGE, "send a list of rows or a JSON object")
     if {"path", "body"} <= body.keys():  # as in examples/requests
-        return str(body["path"]), body["body"]
+        return _checked_path(body["path"]), body["body"]
+    if body.get("stream"):
+        raise Failure(Exit.USAGE, "predict shows whole answers: leave 'stream' out")
     for field, path in (("messages", "chat/completions"), ("prompt", "completions"),
                         ("input", "embeddings")):  # fmt: skip
         if field in body:
-            return f"/v1/{path}", {"model": name, **body}
+            return f"/v1/{path}", {**body, "model": name}
     if "instances" in body or isinstance(body.get("inputs"), dict):
-        return f"/v1/models/{quote(model)}{at}:predict", body
-    return f"/v2/models/{quote(model)}{at}/infer", body
+        return f"/v1/models/{quoted(model)}{at}:predict", body
+    return f"/v2/models/{quoted(model)}{at}/infer", body
+
+
+def _checked_path(path: Any) -> str:
+    """A path of the cluster: the key goes nowhere else."""
+    if not isinstance(path, str) or not path.startswith("/") or path.startswith("//"):
+        raise Failure(Exit.USAGE, f"path must be one such as /v2/models/NAME/infer, not {path!r}")
+    return path
 
 
 def _show_logs(value: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -89,7 +90,7 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
                 value = failure.value if isinstance(failure.value, dict) else {}
                 sys.stdout.write(json.dumps({**value, "error": str(failure)}) + "\n")
             else:
-                err.print(f"[bold red]error:[/] {_escaped(str(failure))}")
+                err.print(Text.assemble(("error:", "bold red"), " ", str(failure)), soft_wrap=True)
             raise typer.Exit(int(failure.code)) from None
 
     return run
@@ -131,13 +132,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> 
         return
     grid = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        grid.add_row(*("" if cell is None else _escaped(str(cell)) for cell in row))
+        grid.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     out.print(grid)
 
 
 def note(text: str, is_json: bool = False) -> None:
-    """A line for people; on standard error when standard output is for a program."""
-    (err if is_json else out).print(_escaped(text), soft_wrap=True)
+    """A line for people, as it is; on standard error when standard output is for a program."""
+    (err if is_json else out).print(Text(text), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -145,12 +146,8 @@ def progress(first: str) -> Iterator[Callable[[str], None]]:
     """Show what is being done and since when: a spinner for people, lines for logs."""
     start_s = time.monotonic()
     if not err.is_terminal:
-        err.print(f"… {first}")
-        yield lambda text: err.print(f"… {_escaped(text)} [{time.monotonic() - start_s:.0f} s]")
+        note(f"… {first}", is_json=True)
+        yield lambda text: note(f"… {text} [{time.monotonic() - start_s:.0f} s]", is_json=True)
         return
-    with err.status(first) as status:
-        yield lambda text: status.update(f"{_escaped(text)} ({time.monotonic() - start_s:.0f} s)")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+    with err.status(Text(first)) as status:
+        yield lambda text: status.update(Text(f"{text} ({time.monotonic() - start_s:.0f} s)"))

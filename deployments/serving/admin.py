@@ -39,32 +39,25 @@ STATUS = {
     Fault.DEADLINE: 504,
 }
 
-# method, path, action, the body's fields
-_ACTIONS: Sequence[tuple[str, str, str, tuple[str, ...]]] = (
-    ("GET", "/admin/v1/status", "status", ()),
-    ("GET", "/admin/v1/models", "models", ()),
-    ("GET", "/admin/v1/models/{name}", "model", ()),
-    ("POST", "/admin/v1/plan", "plan", ("document",)),
-    ("PUT", "/admin/v1/models/{name}", "deploy", ("document",)),
-    ("DELETE", "/admin/v1/models/{name}", "delete", ()),
-    (
-        "POST",
-        "/admin/v1/models/{name}/promote",
-        "promote",
-        ("version", "percent", "steps", "interval_s"),
-    ),
-    ("POST", "/admin/v1/models/{name}/rollback", "rollback", ()),
-    ("GET", "/admin/v1/models/{name}/logs", "logs", ()),
-    ("GET", "/admin/v1/keys", "keys", ()),
-    (
-        "POST",
-        "/admin/v1/keys",
-        "key_create",
-        ("name", "role", "models", "rate_rps", "concurrency_max"),
-    ),
-    ("POST", "/admin/v1/keys/{key}/rotate", "key_rotate", ("overlap_s",)),
-    ("DELETE", "/admin/v1/keys/{key}", "key_revoke", ()),
-    ("GET", "/admin/v1/audit", "audit", ()),
+_PROMOTION = ("version", "percent", "steps", "interval_s")
+_KEY = ("name", "role", "models", "rate_rps", "concurrency_max")
+
+# method, path, action, the body's fields, the query's
+_ACTIONS: Sequence[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = (
+    ("GET", "/admin/v1/status", "status", (), ()),
+    ("GET", "/admin/v1/models", "models", (), ()),
+    ("GET", "/admin/v1/models/{name}", "model", (), ()),
+    ("POST", "/admin/v1/plan", "plan", ("document",), ()),
+    ("PUT", "/admin/v1/models/{name}", "deploy", ("document",), ()),
+    ("DELETE", "/admin/v1/models/{name}", "delete", (), ()),
+    ("POST", "/admin/v1/models/{name}/promote", "promote", _PROMOTION, ()),
+    ("POST", "/admin/v1/models/{name}/rollback", "rollback", (), ()),
+    ("GET", "/admin/v1/models/{name}/logs", "logs", (), ("lines", "version")),
+    ("GET", "/admin/v1/keys", "keys", (), ()),
+    ("POST", "/admin/v1/keys", "key_create", _KEY, ()),
+    ("POST", "/admin/v1/keys/{key}/rotate", "key_rotate", ("overlap_s",), ()),
+    ("DELETE", "/admin/v1/keys/{key}", "key_revoke", (), ()),
+    ("GET", "/admin/v1/audit", "audit", (), ("limit",)),
 )
 
 
@@ -79,8 +72,8 @@ class Admin:
     def routes(self) -> Sequence[Route]:
         """All routes, each for keys of role admin only."""
         return [
-            Route(method, path, self._handler(action, fields))
-            for method, path, action, fields in _ACTIONS
+            Route(method, path, self._handler(action, fields, asked))
+            for method, path, action, fields, asked in _ACTIONS
         ]
 
     def error(self, error: InferenceError) -> HttpResponse:
@@ -88,11 +81,15 @@ class Admin:
         body = orjson.dumps({"error": error.message})
         return HttpResponse(STATUS[error.fault], body, headers=retry_after(error))
 
-    def _handler(self, action: str, fields: tuple[str, ...]) -> Handler:
+    def _handler(self, action: str, fields: tuple[str, ...], asked: tuple[str, ...]) -> Handler:
         async def handle(request: HttpRequest) -> HttpResponse:
             if request.header(b"x-shoal-role") != b"admin":
                 raise InferenceError(Fault.FORBIDDEN, "this needs a key of role admin")
-            arguments = {**_query(request), **_body(request, fields), **request.parameters}
+            arguments = {
+                **_query(request, asked),
+                **_body(request, fields),
+                **request.parameters,
+            }
             actor = (request.header(b"x-shoal-key") or b"").decode("latin-1")
             answer = await self._ask(action, arguments, actor)
             return HttpResponse(200, orjson.dumps(answer))
@@ -100,8 +97,11 @@ class Admin:
         return handle
 
 
-def _query(request: HttpRequest) -> dict[str, Any]:
-    return dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
+def _query(request: HttpRequest, known: tuple[str, ...]) -> dict[str, Any]:
+    """The query's parameters. Raises INVALID for one that is not known."""
+    query = dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
+    _check_known("parameter", query, known)
+    return query
 
 
 def _body(request: HttpRequest, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -114,10 +114,14 @@ def _body(request: HttpRequest, fields: tuple[str, ...]) -> dict[str, Any]:
         raise InferenceError(Fault.INVALID, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise InferenceError(Fault.INVALID, "the body must be a JSON object")
-    for name in body:
-        if name not in fields:
-            known = ", ".join(fields) or "none"
-            raise InferenceError(
-                Fault.INVALID, f"field {name!r} is not known here; known: {known}", field=name
-            )
+    _check_known("field", body, fields)
     return body
+
+
+def _check_known(what: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise InferenceError(
+                Fault.INVALID, f"{what} {name!r} is not known here; known: {listed}", field=name
+            )

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
+import ml_dtypes
 import numpy as np
 
 from deployments.inference import (
@@ -46,6 +47,7 @@ _NUMPY = {
     "FP16": np.dtype(np.float16),
     "FP32": np.dtype(np.float32),
     "FP64": np.dtype(np.float64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
     "BYTES": np.dtype(np.object_),
 }
 
@@ -87,6 +89,7 @@ class ReplicaEngine:
         self._timeout_s = spec.timeout_ms / 1000
         self._generations_max = spec.batching.queue_requests_max
         self._generations = 0
+        self._texts = _Texts()
         self._cache_counts = [0, 0, 0, 0]  # hits, hit ns, misses, miss ns
         self._cache = (
             ResponseCache(spec.cache.entries_max, spec.cache.ttl_s) if spec.cache else None
@@ -113,10 +116,17 @@ class ReplicaEngine:
         return self._batcher.queued + self._batcher.running + self._generations
 
     def statistics(self) -> Statistics:
-        """What has been answered since the warm-up."""
+        """What has been answered since the warm-up, from the cache too."""
         hits, hit_ns, misses, miss_ns = self._cache_counts
+        batched, texts = self._batcher.statistics(), self._texts
         return replace(
-            self._batcher.statistics(),
+            batched,
+            inference_count=batched.inference_count + texts.answered,
+            success_count=batched.success_count + hits + texts.answered,
+            success_ns=batched.success_ns + hit_ns + texts.answered_ns,
+            fail_count=batched.fail_count + texts.failed,
+            fail_ns=batched.fail_ns + texts.failed_ns,
+            last_inference_ms=max(batched.last_inference_ms, texts.last_ms),
             cache_hit_count=hits,
             cache_hit_ns=hit_ns,
             cache_miss_count=misses,
@@ -141,17 +151,15 @@ class ReplicaEngine:
                 Fault.INVALID, f"model {self.model!r} does not generate text; use infer"
             )
         with self.generation():
-            timeout = asyncio.timeout(self._left_s(request.deadline_s))
+            until_s = time.monotonic() + self._left_s(request.deadline_s)
+            chunks = self._runtime.generate(request)
             try:
-                async with timeout:
-                    async for chunk in self._runtime.generate(request):
-                        if chunk.finish_reason:
-                            self._meter.tokens(chunk.prompt_tokens, chunk.completion_tokens)
-                        yield chunk
-            except TimeoutError:
-                if timeout.expired():
-                    raise InferenceError(Fault.DEADLINE, "the deadline passed") from None
-                raise
+                while (chunk := await _next(chunks, until_s)) is not None:
+                    if chunk.finish_reason:
+                        self._meter.tokens(chunk.prompt_tokens, chunk.completion_tokens)
+                    yield chunk
+            finally:
+                await _close(chunks)
 
     def generation(self) -> _Place:
         """A place among the texts in the making. Raises OVERLOADED when all are taken."""
@@ -252,12 +260,57 @@ class _Place:
 
     def __init__(self, engine: ReplicaEngine) -> None:
         self._engine = engine
+        self._start_ns = 0
 
     def __enter__(self) -> None:
         self._engine._generations += 1
+        self._start_ns = time.perf_counter_ns()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._engine._generations -= 1
+        self._engine._texts.ended(kind, time.perf_counter_ns() - self._start_ns)
+
+
+@dataclass(slots=True)
+class _Texts:
+    """What became of the texts; one whose caller went away is neither answered nor failed."""
+
+    answered: int = 0
+    answered_ns: int = 0
+    failed: int = 0
+    failed_ns: int = 0
+    last_ms: int = 0
+
+    def ended(self, kind: type[BaseException] | None, took_ns: int) -> None:
+        if kind is None:
+            self.answered += 1
+            self.answered_ns += took_ns
+            self.last_ms = int(time.time() * 1000)
+        elif issubclass(kind, Exception):
+            self.failed += 1
+            self.failed_ns += took_ns
+
+
+async def _next(chunks: AsyncIterator[GenerationChunk], until_s: float) -> GenerationChunk | None:
+    """The next piece of a text, None at its end. Raises DEADLINE at `until_s`."""
+    timeout = asyncio.timeout(until_s - time.monotonic())
+    late = InferenceError(Fault.DEADLINE, "the deadline passed before the text was complete")
+    if time.monotonic() >= until_s:
+        raise late
+    try:
+        async with timeout:
+            return await anext(chunks, None)
+    except TimeoutError:
+        if timeout.expired():
+            raise late from None
+        raise
+
+
+async def _close(chunks: AsyncIterator[GenerationChunk]) -> None:
+    """End a text early, so that nothing goes on writing it."""
+    end = getattr(chunks, "aclose", None)
+    if end is not None:
+        await end()
 
 
 class _Check:

@@ -25,6 +25,8 @@ _HOP = frozenset(
         b"server",
         b"host",
         b"accept-encoding",
+        b"expect",
+        b"x-request-timeout-ms",
     )
 )
 
@@ -41,16 +43,23 @@ class Unanswered(Exception):
 
 
 class Forwarder:
-    """Sends whole requests to replicas; answers come back whole or as a stream."""
+    """Sends whole requests to replicas; answers come back whole or as a stream.
 
-    def __init__(self) -> None:
+    The replica is told how much of the caller's time is left; `grace_s` after that it is given up.
+    """
+
+    def __init__(self, grace_s: float = 1.0) -> None:
+        self._grace_s = grace_s
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
         self._client = httpx.AsyncClient(limits=limits, trust_env=False)
 
     async def send(
-        self, request: HttpRequest, server: Server, timeout_s: float
+        self, request: HttpRequest, server: Server, timeout_s: float, broken: bytes = b""
     ) -> HttpResponse | HttpStream:
-        """The replica's answer. Raises `Unanswered` when there was none."""
+        """The replica's answer. Raises `Unanswered` when there was none.
+
+        `broken` ends a stream whose replica went away in the middle of it.
+        """
         content_type = request.header(b"content-type") or b"application/json"
         headers = [(k, v) for k, v in request.headers if k not in _HOP]
         query = f"?{request.query.decode('latin-1')}" if request.query else ""
@@ -61,18 +70,25 @@ class Forwarder:
             request.method,
             target,
             content=request.body,
-            headers=[*headers, (b"content-type", content_type), (b"accept-encoding", b"identity")],
-            timeout=httpx.Timeout(timeout_s, connect=2.0),
+            headers=[
+                *headers,
+                (b"content-type", content_type),
+                (b"accept-encoding", b"identity"),
+                (b"x-request-timeout-ms", b"%d" % max(1, round(timeout_s * 1000))),
+            ],
+            timeout=httpx.Timeout(timeout_s + self._grace_s, connect=2.0),
         )
         try:
             answer = await self._client.send(outgoing, stream=True)
-        except httpx.ConnectError as error:
-            raise Unanswered(str(error), was_sent=False) from None
-        except httpx.ConnectTimeout as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise Unanswered(str(error), was_sent=False) from None
         except httpx.TransportError as error:
             raise Unanswered(str(error), was_sent=True) from None
-        return await _relayed(answer)
+        return await _relayed(answer, broken)
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        await self._client.aclose()
 
 
 def _raw(path: str, query: str) -> bytes:
@@ -80,11 +96,11 @@ def _raw(path: str, query: str) -> bytes:
     return httpx.URL(path=path).raw_path + query.encode("latin-1")
 
 
-async def _relayed(answer: httpx.Response) -> HttpResponse | HttpStream:
+async def _relayed(answer: httpx.Response, broken: bytes) -> HttpResponse | HttpStream:
     content_type = answer.headers.get("content-type", "application/json").encode("latin-1")
     if content_type.startswith(b"text/event-stream"):
         headers = _kept(answer)
-        return HttpStream(_pieces(answer), answer.status_code, content_type, headers)
+        return HttpStream(_Pieces(answer, broken), answer.status_code, content_type, headers)
     try:
         body = await answer.aread()
     except httpx.TransportError as error:
@@ -98,11 +114,26 @@ def _kept(answer: httpx.Response) -> Headers:
     return [(k.lower(), v) for k, v in answer.headers.raw if k.lower() not in _HOP]
 
 
-async def _pieces(answer: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for piece in answer.aiter_raw():
-            yield piece
-    except httpx.TransportError:
-        return  # the stream had begun: what came is what there is
-    finally:
-        await answer.aclose()
+class _Pieces:
+    """A stream's pieces as they come; closing it, begun or not, lets its connection go."""
+
+    def __init__(self, answer: httpx.Response, broken: bytes) -> None:
+        self._answer = answer
+        self._raw = answer.aiter_raw()
+        self._broken = broken
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await anext(self._raw)
+        except httpx.TransportError:
+            last, self._broken = self._broken, b""
+            if last:
+                return last
+            raise StopAsyncIteration from None
+
+    async def aclose(self) -> None:
+        """The caller has all it wants, or has gone."""
+        await self._answer.aclose()

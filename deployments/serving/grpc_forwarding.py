@@ -6,8 +6,10 @@ it had chosen.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from typing import Any
 
 import grpc
@@ -48,8 +50,13 @@ class GrpcForwarder:
         backend = self._backend(metadata, first)
         limit_s = time.monotonic() + self._room.timeout_s(backend)
         deadline_s = limit_s if deadline_s is None else min(deadline_s, limit_s)
-        with self._room.place(backend), self._meter.holding(self._room, backend):
-            async for data in self._answers(backend, method, first, requests, deadline_s):
+        sent = _Sent(first, requests)
+        with (
+            closing(sent),
+            self._room.place(backend),
+            self._meter.holding(self._room, backend),
+        ):
+            async for data in self._answers(backend, method, sent, deadline_s):
                 yield data
 
     def _backend(self, metadata: Metadata, first: bytes) -> str:
@@ -65,21 +72,20 @@ class GrpcForwarder:
         return backend
 
     async def _answers(
-        self,
-        backend: str,
-        method: str,
-        first: bytes,
-        rest: AsyncIterator[bytes],
-        deadline_s: float,
+        self, backend: str, method: str, sent: _Sent, deadline_s: float
     ) -> AsyncIterator[bytes]:
         """The answers of the first replica that gives any; others are asked if it is away."""
         refused: list[str] = []
+        start_s = time.monotonic()
         while True:
             server = await self._room.server(backend, deadline_s, refused)
+            if not refused:
+                self._meter.woken(self._room.model_of(backend), time.monotonic() - start_s)
             began = False
             try:
-                async for data in self._call(server, backend, method, first, rest, deadline_s):
+                async for data in self._call(server, backend, method, sent, deadline_s):
                     began = True
+                    sent.forget()
                     yield data
                 return
             except grpc.aio.AioRpcError as error:
@@ -93,20 +99,54 @@ class GrpcForwarder:
         server: Server,
         backend: str,
         method: str,
-        first: bytes,
-        rest: AsyncIterator[bytes],
+        sent: _Sent,
         deadline_s: float,
     ) -> AsyncIterator[bytes]:
-        async def messages() -> AsyncIterator[bytes]:
-            yield first
-            async for data in rest:
-                yield data
-
         address = f"{server.host}:{server.grpc_port}"
         options: dict[str, Any] = {
             "metadata": (("x-shoal-edge", self._token), ("x-shoal-backend", backend)),
             "timeout": max(0.1, deadline_s - time.monotonic()),
         }
         async with grpc.aio.insecure_channel(address, options=_LIMITS) as channel:
-            async for data in channel.stream_stream(method)(messages(), **options):
+            async for data in channel.stream_stream(method)(sent.messages(), **options):
                 yield data
+
+
+class _Sent:
+    """The caller's messages: each replica that is tried gets all of them, from the first one on."""
+
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
+        self._messages: list[bytes | None] = [first]  # None = the caller's end
+        self._rest = rest
+        self._reading: asyncio.Task[None] | None = None
+        self._keeps = True
+
+    def close(self) -> None:
+        """The call is over: nobody reads any more."""
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def forget(self) -> None:
+        """A replica has answered: nobody else will be asked, so nothing is kept any more."""
+        self._keeps = False
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """All messages; one reader at a time, the one before it may have been cut off."""
+        place = 0
+        while True:
+            while place == len(self._messages):
+                if self._reading is None or self._reading.done():
+                    self._reading = asyncio.create_task(self._read())
+                await asyncio.shield(self._reading)
+            message = self._messages[place]
+            if message is None:
+                return
+            yield message
+            if self._keeps:
+                place += 1
+            else:
+                del self._messages[: place + 1]
+                place = 0
+
+    async def _read(self) -> None:
+        self._messages.append(await anext(self._rest, None))

@@ -63,10 +63,9 @@ class WaitingRoom:
             return None
         if version is None:
             version = max(route.split, key=lambda v: route.split[v], default=None)
-        for item in route.versions:
-            if version in (item.version, *item.labels):
-                return item.backend
-        return None
+        named = [v for v in route.versions if v.version == version]
+        named += [v for v in route.versions if version in v.labels]
+        return named[0].backend if named else None
 
     def knows(self, backend: str) -> bool:
         """Whether there is such a backend now."""
@@ -113,19 +112,19 @@ class WaitingRoom:
         """
         while True:
             self._refuse_failed(backend)
+            if (left_s := deadline_s - time.monotonic()) <= 0:
+                raise InferenceError(
+                    Fault.DEADLINE, "the model did not answer before the request's deadline"
+                )
             route = self._routes.get(backend)
             free = [s for s in (route[1].servers if route else ()) if s.name not in refused]
             if free:
                 return free[time.monotonic_ns() % len(free)]
-            await self._wait(backend, deadline_s)
+            await self._wait(backend, left_s)
             refused = ()  # a replica that refused once may have come back
 
-    async def _wait(self, backend: str, deadline_s: float) -> None:
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
-            raise InferenceError(
-                Fault.DEADLINE, "the model did not wake before the request's deadline"
-            )
+    async def _wait(self, backend: str, left_s: float) -> None:
+        """Ask for a wake-up and wait for news, a while at most."""
         changed = self._changed
         await self._wake(backend)
         try:

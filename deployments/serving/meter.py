@@ -7,7 +7,6 @@ share a folder (PROMETHEUS_MULTIPROC_DIR), from which the node's edge agent answ
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +96,7 @@ class DeskMeter:
         """Count a request as held while the block runs, and how that ended."""
         model = room.model_of(backend)
         gauge = self._meters.gauge(metrics.HELD_REQUESTS, model=model)
-        outcome, start_s = "cancelled", time.monotonic()
+        outcome = "cancelled"
         gauge.inc()
         try:
             yield
@@ -105,8 +104,13 @@ class DeskMeter:
         except InferenceError as error:
             outcome = error.fault.value
             raise
+        except Exception:
+            outcome = Fault.INTERNAL.value
+            raise
         finally:
             gauge.dec()
             self._meters.counter(metrics.HELD, model=model, outcome=outcome).inc()
-            seconds = time.monotonic() - start_s
-            self._meters.histogram(metrics.WAKE_SECONDS, model=model).observe(seconds)
+
+    def woken(self, model: str, seconds: float) -> None:
+        """A held request waited for `seconds` until there was a replica."""
+        self._meters.histogram(metrics.WAKE_SECONDS, model=model).observe(seconds)

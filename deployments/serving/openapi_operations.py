@@ -333,7 +333,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "ModelFileRequest": _object("document", document=_ANY),
     "PromoteRequest": _object(
         version=_TEXT,
-        percent={"type": "integer", "minimum": 0, "maximum": 100},
+        percent={"type": "integer", "minimum": 1, "maximum": 100},
         steps=_list({"type": "integer", "minimum": 1, "maximum": 100}),
         interval_s={"type": "number", "exclusiveMinimum": 0},
     ),
@@ -341,7 +341,7 @@ SCHEMAS: Mapping[str, Schema] = {
         name=_TEXT,
         role=_one_of("admin", "caller"),
         models=_list(_TEXT),
-        rate_rps=_optional({"type": "number", "exclusiveMinimum": 0}),
+        rate_rps=_optional(_POSITIVE),
         concurrency_max=_optional(_POSITIVE),
     ),
     "RotateRequest": _object(overlap_s={"type": "number", "minimum": 0}),

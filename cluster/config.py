@@ -34,10 +34,11 @@ class ConfigError(ValueError):
 class Settings:
     """One cluster's settings.
 
-    `host` is the address that edges and replicas bind; a port of 0 = any free one. `metrics_port`
-    answers for the whole node, `edge_metrics_port` is HAProxy's part of it. `cpus` is how much
-    work the embedded node takes on in Ray's books (None: 4 for each core, at least 16: small models
-    share cores). `registry` and `store` are SQLAlchemy URLs, empty = SQLite in the home folder.
+    `host` is the address that the edge binds; a port of 0 = any free one. `metrics_port` (on
+    `metrics_host`, without a key) answers for the whole node, `edge_metrics_port` is HAProxy's
+    part of it. `cpus` is how much work the embedded node takes on in Ray's books (None: 4 for each
+    core, at least 16: small models share cores). `registry` and `store` are SQLAlchemy
+    URLs, empty = SQLite in the home folder.
     """
 
     home: Path
@@ -45,6 +46,7 @@ class Settings:
     port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    metrics_host: str = "127.0.0.1"
     edge_metrics_port: int = 0
     tensorflow_port: int | None = None
     https_port: int | None = None
@@ -57,7 +59,7 @@ class Settings:
     drain_timeout_s: float = 60.0
     store: str = ""
     registry: str = ""
-    retry_body_kb: int = 256
+    retry_body_kb: int = 64
 
     @property
     def store_url(self) -> str:

@@ -15,13 +15,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from cluster import reconciliation
 from cluster.access import keys as access_keys
@@ -31,11 +33,11 @@ from cluster.logs import replica_logs
 from cluster.nodes.edge import EdgeAgent
 from cluster.observation import App, Memory, Snapshot, Wanted
 from cluster.serve import ServeApps, metrics_folder
-from cluster.store import Store
+from cluster.store import Entry, Store
 from dashboards import metrics
 from deployments.edge.routing import Routing
 from deployments.inference import Fault
-from deployments.model import parse_model_file
+from deployments.model import ModelFileError, parse_model_file
 from deployments.serving.holding import View
 from deployments.serving.meter import process_meters
 from deployments.serving.reports import CONTROLLER, DESK, NAMESPACE, ReplicaState, Report
@@ -49,6 +51,10 @@ KNOCK_TIMEOUT_S = 2.0
 VIEW_WAIT_S = 5.0
 SERVE_TIMEOUT_S = 120.0
 START_ATTEMPTS = 3
+REPORTS_S = 2.5 * PERIOD_S
+LOAD_TIMEOUT_S = 25.0
+ACTORS_MAX = 4
+"""Replicas of each backend whose logs can be asked for after they ended."""
 
 Result = TypeVar("Result")
 _MEMORY = TypeAdapter(Memory)
@@ -76,6 +82,9 @@ class Controller:
         self._memory = self._remembered()
         self._heard: dict[str, Heard] = {}
         self._targets: dict[str, int] = {}
+        self._read: dict[str, Wanted] = {}
+        self._unreadable: AbstractSet[str] = frozenset()
+        self._actors: dict[str, deque[Report]] = {}
         self._routing: Routing | None = None
         self._view = View(0)
         self._last: reconciliation.Step | None = None
@@ -110,8 +119,19 @@ class Controller:
         else:
             self._heard[report.replica] = Heard(report, time.monotonic())
         if before is None or _differ(before.report, report):
+            self._recent(report)
+        if before is None or _differ(before.report, report):
             self._look.set()
             await self._next_step()
+
+    def _recent(self, report: Report) -> None:
+        """Keep who ran a backend lately, so that its logs can be asked for when it is gone."""
+        recent = self._actors.setdefault(report.backend, deque(maxlen=ACTORS_MAX))
+        for known in recent:
+            if known.replica == report.replica:
+                recent.remove(known)
+                break
+        recent.append(report)
 
     async def view(self, known: int) -> View:
         """The front desks' view, as soon as it is another one than number `known`."""
@@ -190,28 +210,54 @@ class Controller:
     async def _step(self) -> None:
         await self._in_serve(self._serve.start)
         apps = await self._in_serve(self._serve.list)
+        if self._began == 1 and apps:
+            await asyncio.sleep(REPORTS_S)  # came back: every replica reports within this time
         await self._forget_silent()
         snapshot = self._observed(apps)
         step = reconciliation.reconcile(snapshot, self._memory)
-        self._keep(step.memory)
+        await self._keep(step.memory)
         self._last = step
         self._count_replicas()
         await self._route(step)
         self._show(step)
         for command in step.commands:
-            await self._perform(command)
+            if not self._spared(command):
+                await self._perform(command)
+
+    def _spared(self, command: reconciliation.Command) -> bool:
+        """Whether a command would end a model only because its document can't be read."""
+        model = command.backend.split("--")[0]
+        return isinstance(command, reconciliation.Delete) and model in self._unreadable
 
     def _observed(self, apps: Mapping[str, App]) -> Snapshot:
-        wanted = {
-            name: Wanted(parse_model_file(entry.document, name), entry.id)
-            for name, entry in self._store.in_force().items()
-        }
+        wanted = self._wanted()
         known = {
             backend: replace(app, replicas=self._targets.get(backend, -1))
             for backend, app in apps.items()
         }
         reports = tuple(h.report for h in self._heard.values() if h.report.backend != DESK)
         return Snapshot(time.time(), wanted, known, reports)
+
+    def _wanted(self) -> dict[str, Wanted]:
+        """The models as wanted. One whose document can't be read any more stays as it was."""
+        entries = self._store.in_force()
+        kept = {}
+        for name, entry in entries.items():
+            known = self._read.get(name)
+            if known is None or known.row != entry.id:
+                try:
+                    file = parse_model_file(entry.document, name)
+                except ModelFileError as error:
+                    self._failures[name] = str(error)
+                    if known is None:
+                        continue
+                else:
+                    known = Wanted(file, entry.id, at_once=entry.action == "rollback")
+                    self._failures.pop(name, None)
+            kept[name] = known
+        self._read = kept
+        self._unreadable = entries.keys() - kept.keys()
+        return kept
 
     async def _forget_silent(self) -> None:
         """Drop replicas that say nothing and don't answer at their own door either."""
@@ -223,14 +269,20 @@ class Controller:
                 logger.warning("replica %s of %s is gone", report.replica, report.backend)
                 self._heard.pop(report.replica, None)
 
-    def _keep(self, memory: Memory) -> None:
+    async def _keep(self, memory: Memory) -> None:
         if memory != self._memory:
             self._memory = memory
-            self._store.remember("memory", _MEMORY.dump_python(memory, mode="json"))
+            kept = _MEMORY.dump_python(memory, mode="json")
+            await asyncio.to_thread(self._store.remember, "memory", kept)
 
     def _remembered(self) -> Memory:
+        """The memory of the controller before this one; an empty one if it can't be read."""
         kept = self._store.recall("memory")
-        return _MEMORY.validate_python(kept) if kept else Memory()
+        try:
+            return _MEMORY.validate_python(kept) if kept else Memory()
+        except ValidationError:
+            logger.exception("the memory in the store is of another form; beginning anew")
+            return Memory()
 
     def _count_replicas(self) -> None:
         """Report the replicas by state; a count that is gone is zero."""
@@ -289,6 +341,14 @@ class Controller:
             self._targets.pop(backend, None)
         else:
             self._targets[backend] = command.replicas
+        if isinstance(command, reconciliation.Deploy):
+            self._forget_failed(backend)
+
+    def _forget_failed(self, backend: str) -> None:
+        """What replicas of an attempt before said is past."""
+        for name, heard in list(self._heard.items()):
+            if heard.report.backend == backend and heard.report.state is ReplicaState.FAILED:
+                del self._heard[name]
 
     async def _in_serve(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Do `work` in the one thread that talks to Serve."""
@@ -299,23 +359,25 @@ class Controller:
     # actions that need more than the store
 
     async def _do_status(self, arguments: Arguments) -> Any:
-        models = [self._model(name) for name in sorted(self._store.in_force())]
+        entries = self._store.in_force()
+        models = [self._model(entry) for _, entry in sorted(entries.items())]
         desks = [h.report for h in self._heard.values() if h.report.backend == DESK]
         return {
             "models": models,
             "desks": [_replica(r) for r in desks],
+            "leaving": [_replica(r) for r in self._leaving(entries.keys())],
             "nodes": [_node(n) for n in await asyncio.to_thread(ray.nodes)],
             "edge": await self._edge.status.remote(),
             "controller": {"steps": self._ended, "failures": dict(self._failures)},
         }
 
     async def _do_models(self, arguments: Arguments) -> Any:
-        return [self._model(name) for name in sorted(self._store.in_force())]
+        return [self._model(entry) for _, entry in sorted(self._store.in_force().items())]
 
     async def _do_model(self, arguments: Arguments) -> Any:
         name = str(arguments.get("name"))
         self._administration.file(name)
-        return self._model(name)
+        return self._model(self._store.in_force()[name])
 
     async def _do_logs(self, arguments: Arguments) -> Any:
         name = str(arguments.get("name"))
@@ -326,42 +388,62 @@ class Controller:
             lines = 0
         if not 1 <= lines <= 100_000:
             raise Refused(Fault.INVALID, "lines must be a whole number from 1 to 100000")
-        reports = [h.report for h in self._heard.values() if _is_of(h.report, name)]
-        version = arguments.get("version")
-        chosen = [r for r in reports if version is None or r.backend.split("--")[1] == version]
-        failed = self._reasons(name)
+        prefix = f"{name}--{version}--" if (version := arguments.get("version")) else f"{name}--"
+        chosen = [r for b, recent in self._actors.items() if b.startswith(prefix) for r in recent]
+        printed = await asyncio.gather(
+            *(asyncio.to_thread(replica_logs, r.actor, lines) for r in chosen)
+        )
         return {
-            "reasons": failed,
+            "reasons": self._reasons(name),
             "replicas": [
-                {**_replica(r), "lines": await asyncio.to_thread(replica_logs, r.actor, lines)}
-                for r in chosen
+                {**_replica(r), "lines": text} for r, text in zip(chosen, printed, strict=True)
             ],
         }
 
     async def _do_load(self, arguments: Arguments) -> Any:
-        return await self._switch(str(arguments.get("name")), reconciliation.unloaded, False)
+        name = str(arguments.get("name"))
+        backends = await self._switch(name, is_off=False)
+        deadline_s = time.monotonic() + LOAD_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            if reasons := self._reasons(name):
+                raise Refused(Fault.UNAVAILABLE, f"model {name!r} can't be loaded: {reasons}")
+            ready = {h.report.backend for h in self._heard.values() if _is_ready(h.report)}
+            if backends <= ready:
+                break
+            await self._next_step()
+        return {"model": name}
 
     async def _do_unload(self, arguments: Arguments) -> Any:
-        return await self._switch(str(arguments.get("name")), reconciliation.unloaded, True)
+        name = str(arguments.get("name"))
+        await self._switch(name, is_off=True)
+        return {"model": name}
 
-    async def _switch(self, name: str, unload: Any, is_off: bool) -> Any:
-        """Unload all versions of a model, or wake them and wait until they answer."""
+    async def _switch(self, name: str, *, is_off: bool) -> set[str]:
+        """Unload all versions of a model, or wake them; their backends."""
         self._administration.file(name)
-        for backend, revision in self._memory.revisions.items():
-            if revision.model == name and revision.retired_s is None:
-                change = unload(self._memory, backend) if is_off else None
-                self._memory = change or reconciliation.woken(self._memory, backend, time.time())
+        revisions = self._memory.revisions
+        backends = {b for b, r in revisions.items() if r.model == name and r.retired_s is None}
+        for backend in backends:
+            if is_off:
+                self._memory = reconciliation.unloaded(self._memory, backend)
+            else:
+                self._memory = reconciliation.woken(self._memory, backend, time.time())
         self._look.set()
         await self._next_step()
-        return {"model": name}
+        return backends
 
     def _reasons(self, name: str) -> dict[str, str]:
         revisions = self._memory.revisions.values()
         return {r.version: r.reason for r in revisions if r.model == name and r.reason}
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _leaving(self, models: AbstractSet[str]) -> list[Report]:
+        """The replicas of models that are deleted and have not ended yet."""
+        reports = [h.report for h in self._heard.values() if h.report.backend != DESK]
+        return [r for r in reports if r.backend.split("--")[0] not in models]
+
+    def _model(self, entry: Entry) -> dict[str, Any]:
         """A model as operators see it."""
-        entry = self._store.in_force()[name]
+        name = entry.model
         shift = self._memory.shifts.get(name)
         status = next(
             (s for s in (self._last.statuses if self._last else ()) if s.name == name), None
@@ -418,6 +500,10 @@ def _differ(before: Report, now: Report) -> bool:
 
 def _is_open_desk(report: Report) -> bool:
     return report.backend == DESK and report.state is ReplicaState.READY
+
+
+def _is_ready(report: Report) -> bool:
+    return report.state is ReplicaState.READY
 
 
 def _is_of(report: Report, model: str) -> bool:

@@ -35,10 +35,14 @@ class App:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A model as its users want it: the file in force and the history line that says so."""
+    """A model as its users want it: the file in force and the history line that says so.
+
+    `at_once`: the line is a rollback, which takes no steps.
+    """
 
     file: ModelFile
     row: int
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,13 @@ class Snapshot:
     wanted: Mapping[str, Wanted]
     apps: Mapping[str, App]
     reports: tuple[Report, ...] = ()
+    _by_backend: dict[str, list[Report]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_backend: dict[str, list[Report]] = {}
+        for report in self.reports:
+            by_backend.setdefault(report.backend, []).append(report)
+        object.__setattr__(self, "_by_backend", by_backend)
 
     def ready(self, backend: str) -> list[Report]:
         """The replicas of `backend` that take requests."""
@@ -115,4 +126,4 @@ class Snapshot:
 
     def of(self, backend: str) -> list[Report]:
         """All reports of replicas of `backend`."""
-        return [r for r in self.reports if r.backend == backend]
+        return self._by_backend.get(backend, [])

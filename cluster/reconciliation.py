@@ -36,7 +36,7 @@ from deployments.serving.reports import ReplicaState, Report
 IDLE_TO_ZERO_S = 300.0
 """After which a model with `replicas_min: 0` sleeps when it does not say itself."""
 
-ROOM_S = 15.0
+ROOM_S = 60.0
 """How long a new version may wait for room before retired ones give theirs."""
 
 Traffic = Mapping[str, int]
@@ -157,13 +157,16 @@ def _seen(revision: Revision, backend: str, snapshot: Snapshot) -> Revision:
     if signed is not None and signed.signature != revision.signature:
         revision = replace(revision, signature=signed.signature, generates=signed.generates)
     requests = sum(r.requests for r in snapshot.of(backend))
+    is_busy = any(r.ongoing for r in snapshot.of(backend))
+    if requests > revision.requests_seen or is_busy:
+        revision = replace(revision, last_request_s=snapshot.now_s)
     if requests != revision.requests_seen:
-        busy = requests > revision.requests_seen or any(r.ongoing for r in snapshot.of(backend))
-        last_s = snapshot.now_s if busy else revision.last_request_s
-        revision = replace(revision, requests_seen=requests, last_request_s=last_s)
-    if revision.was_ready or revision.failed_row is not None:
+        revision = replace(revision, requests_seen=requests)
+    if revision.failed_row is not None:
         return revision
-    reason = _failure(backend, snapshot)
+    reason = "" if snapshot.ready(backend) else _failure(backend, snapshot)
+    if revision.was_ready:  # it keeps its traffic; why it does not come back is told
+        return revision if reason == revision.reason else replace(revision, reason=reason)
     wanted = snapshot.wanted.get(revision.model)
     if reason and wanted:
         return replace(revision, failed_row=wanted.row, reason=reason)
@@ -171,12 +174,14 @@ def _seen(revision: Revision, backend: str, snapshot: Snapshot) -> Revision:
 
 
 def _failure(backend: str, snapshot: Snapshot) -> str:
-    """Why a revision that was never ready can't be, or nothing."""
+    """Why a revision can't be had, or nothing; what an ended application said is past."""
+    app = snapshot.apps.get(backend)
+    if app is None or app.state is AppState.DELETING:
+        return ""
     for report in snapshot.of(backend):
         if report.state is ReplicaState.FAILED:
             return report.reason or "the replica failed to load"
-    app = snapshot.apps.get(backend)
-    if app is not None and app.state is AppState.FAILED:
+    if app.state is AppState.FAILED:
         return app.reason or "Serve could not start a replica"
     return ""
 
@@ -201,7 +206,8 @@ def _shifted(
         return replace(shift, effective=target)
     if not shift.base:
         return _first_traffic(shift, target, revisions)
-    return _moved(shift, target, revisions, wanted.file.rollout, snapshot)
+    rollout = Rollout() if wanted.at_once else wanted.file.rollout
+    return _moved(shift, target, revisions, rollout, snapshot)
 
 
 def _first_traffic(shift: Shift, target: Traffic, revisions: Mapping[str, Revision]) -> Shift:
@@ -312,7 +318,7 @@ def _counts(revisions: Mapping[str, Revision], snapshot: Snapshot) -> dict[str, 
 
 def _waits_for_room(revision: Revision, snapshot: Snapshot) -> bool:
     """Whether no replica of a new revision has even begun to load for a while."""
-    is_new = not revision.was_ready and revision.failed_row is None
+    is_new = not (revision.was_ready or revision.is_unloaded or revision.failed_row is not None)
     return (
         is_new
         and snapshot.now_s - revision.created_s > ROOM_S
@@ -379,7 +385,7 @@ def _route(
         for version, backend in named.items()
     ]
     routes += [
-        _version_route(file, f"{revisions[b].version}@{b[-8:]}", b, revisions, snapshot)
+        _version_route(file, f"{revisions[b].version}-{b[-8:]}", b, revisions, snapshot)
         for b in extra
     ]
     by_backend = {route.backend: route.version for route in routes}

@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -181,7 +182,7 @@ class Version(_Frozen):
                 raise ValueError(f"{name!r} stands there twice")
         return specs
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Eight hex digits that change when a replica must be started anew."""
         text = json.dumps(self.model_dump(mode="json", exclude={"labels"}), sort_keys=True)
@@ -237,6 +238,16 @@ class ModelFile(_Frozen):
                     )
                 labels[label] = name
         return versions
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Self:
+        for version in self.versions:
+            if len(self.name) + len(version) > 100:
+                raise ValueError(
+                    f"name and version {version!r} have {len(self.name) + len(version)} "
+                    "characters together; they may have 100"
+                )
+        return self
 
     @model_validator(mode="after")
     def _traffic_adds_up(self) -> Self:

@@ -102,7 +102,7 @@ def status(home: HomeOption = None, is_json: JsonOption = False) -> None:
     value = reached.admin("GET", "status")
     running = embedded.find(home_of(home))
     if running is not None and running.url == reached.url:
-        value = {**_addresses(running), "key": reached.key, **value}
+        value = {**_addresses(running), **value}
     else:
         value = {"url": reached.url, **value}
     show(value, is_json, lambda: _status(value))

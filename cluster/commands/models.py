@@ -48,14 +48,18 @@ def deploy(
     models = [_read(file, read_model_file) for file in _files(target)]
     _check_distinct([model.name for model in models], target)
     reached = client(home)
-    results = []
-    for model in models:
-        document = model.model_dump(mode="json")
-        path = "plan" if is_plan else f"models/{quoted(model.name)}"
-        answer = reached.admin("POST" if is_plan else "PUT", path, {"document": document})
-        results.append(answer)
-        _show_plan(answer, is_json)
-    if is_plan or not wait:
+    documents = {model.name: {"document": model.model_dump(mode="json")} for model in models}
+    plans = [reached.admin("POST", "plan", document) for document in documents.values()]
+    for plan in plans:
+        _show_plan(plan, is_json)
+    if is_plan:
+        show(plans, is_json, lambda: None)
+        return
+    results = [
+        reached.admin("PUT", f"models/{quoted(name)}", document)
+        for name, document in documents.items()
+    ]
+    if not wait:
         show(results, is_json, lambda: None)
         return
     settled = _followed(reached, results, timeout_s, is_json)
@@ -118,8 +122,10 @@ def delete(
     answer = reached.admin("DELETE", f"models/{quoted(model)}")
 
     def is_gone() -> bool:
-        known = [m["name"] for m in reached.admin("GET", "models")]
-        return model not in known
+        status = reached.admin("GET", "status")
+        leaving = [r["backend"] for r in status["leaving"]]
+        known = [m["name"] for m in status["models"]]
+        return model not in known and not any(b.startswith(f"{model}--") for b in leaving)
 
     with progress(f"stopping {model}"):
         _poll(is_gone, timeout_s, f"{model} is still there")

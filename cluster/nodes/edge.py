@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
 import ray
 
 from cluster.config import Settings, edge_settings
 from cluster.serve import metrics_folder
 from dashboards import metrics
+from deployments.edge.configuration import RoutingError
 from deployments.edge.process import Edge, EdgeError
 from deployments.edge.routing import Routing
 from deployments.serving.meter import process_meters
@@ -75,7 +77,7 @@ class EdgeAgent:
             return Applied("none")
         try:
             kind = await asyncio.to_thread(self._apply, routing)
-        except (EdgeError, OSError) as error:
+        except (EdgeError, RoutingError, OSError) as error:
             self._meters.counter(metrics.EDGE_APPLY_ERRORS).inc()
             return Applied("none", str(error))
         self._routing = routing
@@ -113,6 +115,14 @@ class EdgeAgent:
                     logger.error("the old certificate stays in use: %s", error)
                 self._certificate_error = str(error)
 
+    def _forget_dead(self) -> None:
+        """Take the gauges of processes that have ended out of the node's sums."""
+        folder = metrics_folder(self._settings)
+        pids = {int(f.stem.rpartition("_")[2]) for f in folder.glob("gauge_live*_*.db")}
+        for pid in pids:
+            if not psutil.pid_exists(pid):
+                metrics.forget_process(pid, folder)
+
     def _serve_metrics(self) -> None:
         """Answer `/metrics` for the node: Shoal's series and HAProxy's own."""
         agent = self
@@ -130,11 +140,12 @@ class EdgeAgent:
             def log_message(self, text: str, *args: Any) -> None:
                 logger.debug(text, *args)
 
-        address = (self._settings.host, self._settings.metrics_port)
+        address = (self._settings.metrics_host, self._settings.metrics_port)
         server = ThreadingHTTPServer(address, Handler)
         threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
     def _exposition(self) -> bytes:
+        self._forget_dead()
         own = self._meters.exposition()
         try:
             url = f"http://127.0.0.1:{self._settings.edge_metrics_port}/metrics"

@@ -733,6 +733,8 @@ def _headers(settings: EdgeSettings) -> Iterator[str]:
     yield "http-request set-header x-shoal-role %[var(txn.role)]"
     yield f"http-request set-header x-shoal-key %[var(txn.key)] if {_has('key')}"
     yield f"http-request set-header x-shoal-backend %[var(txn.backend)] if {_has('backend')}"
+    yield "http-request del-header x-shoal-model"  # what was checked, not what was claimed
+    yield f"http-request set-header x-shoal-model %[var(txn.model)] if {_has('model')}"
     yield "http-request set-header x-shoal-dialect tensorflow if { so_name tensorflow }"
     yield (
         "http-request set-var(txn.timeout_ms) req.fhdr(x-request-timeout-ms),add"

@@ -25,7 +25,7 @@ from deployments.serving.application import Application
 from deployments.serving.catalog import ClusterCatalog
 from deployments.serving.forwarding import Forwarder, Unanswered
 from deployments.serving.grpc_forwarding import GrpcForwarder
-from deployments.serving.holding import View, WaitingRoom
+from deployments.serving.holding import View, WaitingRoom, refuse_unchecked
 from deployments.serving.http import Dialect, HttpRequest, HttpResponse, HttpStream, Route
 from deployments.serving.meter import DeskMeter
 from deployments.serving.protocols import oip, openai, openai_messages, tfserving
@@ -155,6 +155,7 @@ class Desk:
         if chosen and self.room.knows(chosen):
             return chosen
         model, version = _named(request)
+        refuse_unchecked(model, request.header(b"x-shoal-key"), request.header(b"x-shoal-model"))
         backend = self.room.backend_of(model, version)
         if backend is None:
             what = f"'{model}' version '{version}'" if version else f"'{model}'"

@@ -89,6 +89,7 @@ class ReplicaEngine:
         self._timeout_s = spec.timeout_ms / 1000
         self._generations_max = spec.batching.queue_requests_max
         self._generations = 0
+        self._pieces = 0
         self._texts = _Texts()
         self._cache_counts = [0, 0, 0, 0]  # hits, hit ns, misses, miss ns
         self._cache = (
@@ -114,6 +115,11 @@ class ReplicaEngine:
     def ongoing(self) -> int:
         """Requests inside: waiting, running or generating."""
         return self._batcher.queued + self._batcher.running + self._generations
+
+    @property
+    def progress(self) -> int:
+        """A number that changes whenever a batch or a piece of text is done."""
+        return self._batcher.counts.executions + self._pieces
 
     def statistics(self) -> Statistics:
         """What has been answered since the warm-up, from the cache too."""
@@ -155,6 +161,7 @@ class ReplicaEngine:
             chunks = self._runtime.generate(request)
             try:
                 while (chunk := await _next(chunks, until_s)) is not None:
+                    self._pieces += 1
                     if chunk.finish_reason:
                         self._meter.tokens(chunk.prompt_tokens, chunk.completion_tokens)
                     yield chunk

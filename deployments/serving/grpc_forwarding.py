@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2
 
 from deployments.edge.routing import Server
 from deployments.inference import Fault, InferenceError
-from deployments.serving.holding import WaitingRoom
+from deployments.serving.holding import WaitingRoom, refuse_unchecked
 from deployments.serving.meter import DeskMeter
 from deployments.serving.protocols.oip_grpc import MESSAGE_BYTES_MAX, Metadata
 from deployments.serving.protocols.oip_proto import message
@@ -64,6 +64,8 @@ class GrpcForwarder:
         if isinstance(chosen, str) and self._room.knows(chosen):
             return chosen
         sent = message(service_pb2.ModelInferRequest, first)
+        given = {name: _bytes(value) for name, value in metadata}
+        refuse_unchecked(sent.model_name, given.get("x-shoal-key"), given.get("x-shoal-model"))
         backend = self._room.backend_of(sent.model_name, sent.model_version or None)
         if backend is None:
             raise InferenceError(
@@ -110,6 +112,10 @@ class GrpcForwarder:
         async with grpc.aio.insecure_channel(address, options=_LIMITS) as channel:
             async for data in channel.stream_stream(method)(sent.messages(), **options):
                 yield data
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 class _Sent:

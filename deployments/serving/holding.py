@@ -29,6 +29,21 @@ class View:
     routes: tuple[ModelRoute, ...] = ()
 
 
+def refuse_unchecked(model: str, key: bytes | None, checked: bytes | None) -> None:
+    """Refuse a model other than the one for which the edge checked the caller's key.
+
+    The edge reads a body more simply than a parser does; where the two find different names, the
+    caller may have meant them to. Raises NOT_FOUND.
+    """
+    if key is not None and model.encode() != (checked or b""):
+        raise InferenceError(
+            Fault.NOT_FOUND,
+            f"Request for unknown model: '{model}' is not the model that the edge read; name it "
+            "once, in plain JSON, or in the header x-shoal-model too",
+            field="model",
+        )
+
+
 class WaitingRoom:
     """Who waits for which backend. Used on one event loop; `wake(backend)` tells the controller."""
 

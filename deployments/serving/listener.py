@@ -15,11 +15,52 @@ from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 Result = TypeVar("Result")
 
 KEEP_ALIVE_S = 120
 """Longer than the edge keeps idle connections, so that the edge is the one that closes."""
+
+
+class Joined:
+    """A transport that sends what is written in one turn of the loop in one piece.
+
+    uvicorn writes an answer's head and body apart; a process killed in between has begun an answer
+    that the edge can't take back. One piece also saves a system call.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._pieces: list[bytes] = []
+        self._soon = asyncio.get_running_loop().call_soon
+
+    def write(self, data: bytes) -> None:
+        """Send `data` at the end of this turn."""
+        if not self._pieces:
+            self._soon(self._flush)
+        self._pieces.append(data)
+
+    def close(self) -> None:
+        """Send what there is, then close."""
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._pieces:
+            self._transport.write(b"".join(self._pieces))
+            self._pieces.clear()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class JoinedWrites(HttpToolsProtocol):
+    """HTTP/1.1 with an answer's head and body in one segment."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client has connected."""
+        super().connection_made(Joined(transport))  # type: ignore[arg-type]
 
 
 class Listener:
@@ -41,7 +82,7 @@ class Listener:
         bound = socket.create_server((host, port), backlog=2048)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=JoinedWrites,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -72,7 +72,7 @@ class Replica:
         self._order = order
         self._started_s = time.monotonic()
         self._is_ready = False
-        self._executions = -1
+        self._progress, self._progress_s = -1, 0.0
         self._engine: ReplicaEngine | None = None
         self._application: Application | None = None
         self._server: Server | None = None
@@ -184,19 +184,22 @@ class Replica:
         )
 
     async def check_health(self) -> None:
-        """Serve asks: does the model really answer? Work done since the last time is proof."""
+        """Serve asks: does the model really answer? Work that moves on is proof enough."""
         engine = self._engine
         if engine is None or not self._order.spec.probe or not self._is_ready:
             return
-        executions = engine.statistics().execution_count
-        if executions != self._executions and not engine.generates:
-            self._executions = executions
-            return
-        if engine.generates and engine.ongoing:
-            return  # its tokens are the proof; a probe would only queue behind them
+        if engine.ongoing and self._is_working(engine):
+            return  # a probe would only queue behind the work
         probe = asyncio.run_coroutine_threadsafe(engine.probe(), self._listener.loop)
         await asyncio.wait_for(asyncio.wrap_future(probe), PROBE_TIMEOUT_S)
-        self._executions = engine.statistics().execution_count
+
+    def _is_working(self, engine: ReplicaEngine) -> bool:
+        """Whether the work inside has moved on within the time that one request may take."""
+        progress, now_s = engine.progress, time.monotonic()
+        if progress != self._progress:
+            self._progress, self._progress_s = progress, now_s
+        limit_s = max(PROBE_TIMEOUT_S, self._order.spec.timeout_ms / 1000)
+        return now_s - self._progress_s < limit_s
 
     async def __del__(self) -> None:
         """Serve stops this replica: leave the edges, finish what is inside, close."""

@@ -51,6 +51,7 @@ class Reporter:
         self._state, self._reason = ReplicaState.LOADING, ""
         self._stopped = threading.Event()
         self._controller: Any = None
+        self._order = threading.Lock()  # what is made first is sent first
         self._thread = threading.Thread(target=self._loop, name="reporter", daemon=True)
 
     def start(self) -> None:
@@ -79,6 +80,7 @@ class Reporter:
                 self._controller = None
 
     def _send(self) -> Any:
-        if self._controller is None:
-            self._controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
-        return self._controller.report.remote(self._make(self._state, self._reason))
+        with self._order:
+            if self._controller is None:
+                self._controller = ray.get_actor(CONTROLLER, namespace=NAMESPACE)
+            return self._controller.report.remote(self._make(self._state, self._reason))

@@ -59,6 +59,7 @@ def test_a_version_that_fails_to_load_never_takes_traffic_and_says_why() -> None
     world.put(a_file(("1", "2")))
     world.step()
     world.fail("2", "weights-2 is not a forest")
+    step = world.step()
     for _ in range(5):
         step = world.step()
         assert world.traffic() == "1:100"
@@ -154,6 +155,52 @@ def test_a_rollback_within_the_window_moves_traffic_in_one_step_and_starts_nothi
     assert world.done == ["deploy 2"]
 
 
+def test_a_rollback_takes_no_steps() -> None:
+    world = served()
+    steps = {"steps": [5, 25, 50], "interval_s": 30}
+    world.put(a_file(("1", "2"), rollout=steps))
+    world.step()
+    world.ready("2")
+    for _ in range(5):
+        world.step(31)
+    assert world.traffic() == "2:100"
+    world.put(a_file(("1",), rollout=steps), at_once=True)
+    world.step()
+    assert world.traffic() == "1:100"
+
+
+def test_a_version_that_left_the_file_serves_until_the_new_one_is_ready() -> None:
+    world = served()
+    world.put(a_file(("2",)))
+    (route,) = world.step().routes
+    (serving,) = (v for v in route.versions if v.version in route.split)
+    assert serving.backend.startswith("fraud--1--")
+    assert serving.servers
+
+
+def test_weights_that_were_mended_are_tried_at_the_next_deploy_though_the_old_failure_lingers() -> (
+    None
+):
+    world = served()
+    world.put(a_file(("1", "2")))
+    world.step()
+    world.fail("2", "no such file")
+    lingering = world.reports[world.backend("2")]
+    world.step()
+    world.reports[world.backend("2")] = lingering
+    world.put(a_file(("1", "2")))
+    world.step()
+    assert world.done[-1] == "deploy 2"
+
+
+def test_a_request_that_takes_long_keeps_its_model_awake() -> None:
+    world = served(scaling={"replicas_min": 0, "idle_to_zero_s": 60})
+    world.busy("1")
+    world.step(50)
+    world.step(50)
+    assert world.done == []
+
+
 def test_a_retired_version_gives_its_room_to_a_new_one_that_waits_for_it() -> None:
     world = served()
     world.put(a_file(("2",)))
@@ -163,7 +210,7 @@ def test_a_retired_version_gives_its_room_to_a_new_one_that_waits_for_it() -> No
     world.step()
     world.put(a_file(("3",)))
     world.step()
-    world.step(5)
+    world.step(50)
     assert "delete 1" not in world.done
     world.step(15)
     assert "delete 1" in world.done

@@ -12,9 +12,12 @@ from typing import Any
 from cluster import reconciliation
 from cluster.observation import App, AppState, Memory, Snapshot, Wanted, backend_name
 from cluster.reconciliation import Delete, Deploy, Scale, Step
-from deployments.edge.routing import Server
+from deployments.edge.configuration import render
+from deployments.edge.routing import EdgeSettings, Listener, Routing, Server
 from deployments.model import ModelFile, parse_model_file
 from deployments.serving.reports import ReplicaState, Report
+
+EDGE = EdgeSettings(http=Listener("127.0.0.1", 8000), token="t" * 32)
 
 
 def a_file(
@@ -39,10 +42,10 @@ class Timeline:
         self.last: Step | None = None
         self._rows = 0
 
-    def put(self, file: ModelFile) -> None:
-        """Put a file in force."""
+    def put(self, file: ModelFile, *, at_once: bool = False) -> None:
+        """Put a file in force; a rollback is `at_once`."""
         self._rows += 1
-        self.wanted[file.name] = Wanted(file, self._rows)
+        self.wanted[file.name] = Wanted(file, self._rows, at_once)
 
     def remove(self, name: str) -> None:
         """Delete a model."""
@@ -55,6 +58,7 @@ class Timeline:
         snapshot = Snapshot(self.now_s, self.wanted, self.apps, reports)
         self.last = step = reconciliation.reconcile(snapshot, self.memory)
         self.memory = step.memory
+        render(Routing(models=step.routes, needs_key=False), EDGE)  # raises for what edges refuse
         for command in step.commands:
             self._perform(command)
         return step
@@ -76,6 +80,11 @@ class Timeline:
         backend = self.backend(version, name)
         before = self.reports[backend]
         self.reports[backend] = replace(before, requests=before.requests + 1)
+
+    def busy(self, version: str, name: str = "fraud") -> None:
+        """The version works at a request."""
+        backend = self.backend(version, name)
+        self.reports[backend] = replace(self.reports[backend], ongoing=1)
 
     def backend(self, version: str, name: str = "fraud") -> str:
         """The backend of a version in force."""

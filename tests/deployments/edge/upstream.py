@@ -18,8 +18,8 @@ from typing import Any
 import grpc
 import uvicorn
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from deployments.serving.listener import JoinedWrites
 from tests.deployments.edge.ports import free_port
 
 Message = dict[str, Any]
@@ -69,42 +69,6 @@ async def _body(receive: Receive) -> bytes:
         body += bytes(message.get("body", b""))
         if not message.get("more_body"):
             return body
-
-
-class Joined:
-    """A transport that sends what is written in one turn of the loop in one piece.
-
-    uvicorn writes head and body apart; a process killed in between has begun an answer that nobody
-    can take back.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._pieces: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        if not self._pieces:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._pieces.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._pieces:
-            self._transport.write(b"".join(self._pieces))
-            self._pieces.clear()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
-class JoinedWrites(HttpToolsProtocol):
-    """HTTP/1.1 with an answer's head and body in one segment."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Joined(transport))  # type: ignore[arg-type]
 
 
 def _server(replica: Replica, port: int) -> uvicorn.Server:

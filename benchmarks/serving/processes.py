@@ -138,16 +138,17 @@ class Tree:
         return [stats[pid] for pid in ours]
 
     def adopt(self, mark: str) -> None:
-        """Count processes with `mark` in their environment too: those that a system started with
-        an environment of its own making."""
+        """Count processes with `mark` in their environment or command line too: those that a
+        system made daemons with an environment of its own making."""
         self._marks.append(mark.encode())
 
     def _has_mark(self, pid: int) -> bool:
         try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            text = Path(f"/proc/{pid}/environ").read_bytes()
+            text += Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return False
-        return any(mark in environment for mark in self._marks)
+        return any(mark in text for mark in self._marks)
 
     @staticmethod
     def _is_same(stats: Mapping[int, _Stat], pid: int, started: int) -> bool:

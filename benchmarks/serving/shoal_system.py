@@ -96,6 +96,7 @@ class Shoal(System):
         ports = ("--port", "0", "--grpc-port", "0", "--metrics-port", "0")
         self.url = self.shoal("up", *ports, *words)["url"]
         self.tree.adopt(json.loads((self.home / "cluster.json").read_text())["id"])
+        self.tree.adopt(str(self.home))  # HAProxy: a daemon with an empty environment
         self.key = self.shoal("keys", "create", "benchmark", *_LIMITS)["key"]
 
     def endpoint(self, workload: str) -> Endpoint:

@@ -71,6 +71,14 @@ def test_a_process_with_an_adopted_mark_is_counted(tree: Tree) -> None:
     assert other.wait(timeout=5) != 0
 
 
+def test_a_process_is_found_by_an_adopted_word_of_its_command_line(tree: Tree) -> None:
+    other = subprocess.Popen([sys.executable, "-c", SLEEPS, "folder-7e21"], env={})
+    tree.adopt("folder-7e21")
+    eventually(lambda: tree.usage().processes == 1)
+    tree.end(patience_s=5)
+    assert other.wait(timeout=5) != 0
+
+
 def test_processes_of_others_are_left_alone(tree: Tree, tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", SLEEPS])
     started(tree, tmp_path, SLEEPS)

@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> Plan:
     parser.add_argument("--workloads", default=",".join(known), help="%(default)s")
     parser.add_argument("--connections", default="1,16,64,512", help="%(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="a window (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="%(default)s")
+    parser.add_argument("--rounds", type=int, default=2, help="%(default)s")
     parser.add_argument("--minutes", type=float, default=35.0, help="at most (%(default)s)")
     parser.add_argument("--out", type=Path, default=environments.HERE / "results")
     chosen = parser.parse_args(arguments)

@@ -38,7 +38,8 @@ class Settings:
     `metrics_host`, without a key) answers for the whole node, `edge_metrics_port` is HAProxy's
     part of it. `cpus` is how much work the embedded node takes on in Ray's books (None: 4 for each
     core, at least 16: small models share cores). `registry` and `store` are SQLAlchemy
-    URLs, empty = SQLite in the home folder.
+    URLs, empty = SQLite in the home folder. `edge_threads`: HAProxy's (None: a quarter of the
+    cores; on few cores one thread answers more than two that share them with the models).
     """
 
     home: Path
@@ -60,6 +61,7 @@ class Settings:
     store: str = ""
     registry: str = ""
     retry_body_kb: int = 64
+    edge_threads: int | None = None
 
     @property
     def store_url(self) -> str:
@@ -131,6 +133,7 @@ def edge_settings(settings: Settings, edge_token: str) -> EdgeSettings:
         https=listener(settings.https_port),
         tls_pem=str(settings.tls_pem) if settings.tls_pem else None,
         retry_body_bytes_max=settings.retry_body_kb * 1024,
+        threads=settings.edge_threads or max(1, (os.cpu_count() or 1) // 4),
     )
 
 

@@ -97,5 +97,5 @@ class EdgeSettings:
     metrics: Listener | None = None
     tls_pem: str | None = None
     retry_body_bytes_max: int = 65_536
-    threads: int = 2
+    threads: int = 1
     connections_max: int = 8192

@@ -71,7 +71,8 @@ def test_every_setting_can_be_a_variable() -> None:
         "cpus": "7", "gpus": "0", "object_store_mb": "100", "held_requests_max": "9",
         "drain_timeout_s": "1.5", "store": "sqlite://", "registry": "x", "retry_body_kb": "64",
     }  # fmt: skip
-    settings = read(**{f"SHOAL_{name.upper()}": text for name, text in texts.items()})
+    variables = {f"SHOAL_{name.upper()}": text for name, text in texts.items()}
+    settings = read_settings(environment=variables)
     assert {f.name for f in fields(Settings)} == set(texts)
     assert settings == Settings(
         Path("/elsewhere"), "127.0.0.9", port=1, grpc_port=2, metrics_port=3,
@@ -153,7 +154,7 @@ def test_variables_of_others_are_left_alone() -> None:
         "SHOAL_XYZ": "",
         "PROT": "1",
     }
-    assert read(**others) == read()
+    assert read_settings(environment={**HOME, **others}) == read()
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,18 @@ def refuse_unchecked(model: str, key: bytes | None, checked: bytes | None) -> No
 
 
 class WaitingRoom:
-    """Who waits for which backend. Used on one event loop; `wake(backend)` tells the controller."""
+    """Who waits for which backend. Used on one event loop.
 
-    def __init__(self, places_max: int, wake: Callable[[str], Awaitable[None]]) -> None:
+    `wake(backend)` tells the controller, again after each `ask_again_s`.
+    """
+
+    def __init__(
+        self,
+        places_max: int,
+        wake: Callable[[str], Awaitable[None]],
+        ask_again_s: float = ASK_AGAIN_S,
+    ) -> None:
+        self._ask_again_s = ask_again_s
         self._places_max = places_max
         self._wake = wake
         self._held: dict[str, int] = {}
@@ -143,7 +152,7 @@ class WaitingRoom:
         changed = self._changed
         await self._wake(backend)
         try:
-            await asyncio.wait_for(changed.wait(), min(left_s, ASK_AGAIN_S))
+            await asyncio.wait_for(changed.wait(), min(left_s, self._ask_again_s))
         except TimeoutError:
             return
 

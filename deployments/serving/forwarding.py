@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from urllib.parse import quote
 
 import httpx
 
 from deployments.edge.routing import Server
+from deployments.inference import Fault, InferenceError
 from deployments.serving.http import Headers, HttpRequest, HttpResponse, HttpStream
 
 _HOP = frozenset(
@@ -62,13 +64,9 @@ class Forwarder:
         """
         content_type = request.header(b"content-type") or b"application/json"
         headers = [(k, v) for k, v in request.headers if k not in _HOP]
-        query = f"?{request.query.decode('latin-1')}" if request.query else ""
-        target = httpx.URL(
-            scheme="http", host=server.host, port=server.port, raw_path=_raw(request.path, query)
-        )
         outgoing = self._client.build_request(
             request.method,
-            target,
+            _target(request, server),
             content=request.body,
             headers=[
                 *headers,
@@ -91,9 +89,16 @@ class Forwarder:
         await self._client.aclose()
 
 
-def _raw(path: str, query: str) -> bytes:
-    """The path as it goes on the wire (percent-encoded again)."""
-    return httpx.URL(path=path).raw_path + query.encode("latin-1")
+def _target(request: HttpRequest, server: Server) -> httpx.URL:
+    """Where the request goes, its path percent-encoded again."""
+    path = quote(request.path, safe="/:@!$&'()*+,;=~")
+    query = b"?" + request.query if request.query else b""
+    try:
+        return httpx.URL(
+            scheme="http", host=server.host, port=server.port, raw_path=path.encode() + query
+        )
+    except (httpx.InvalidURL, UnicodeDecodeError):
+        raise InferenceError(Fault.INVALID, "the query is no part of a URL") from None
 
 
 async def _relayed(answer: httpx.Response, broken: bytes) -> HttpResponse | HttpStream:

@@ -53,7 +53,7 @@ class Forwarder:
     def __init__(self, grace_s: float = 1.0) -> None:
         self._grace_s = grace_s
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        self._client = httpx.AsyncClient(limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(limits=limits, trust_env=False, verify=False)  # plain HTTP
 
     async def send(
         self, request: HttpRequest, server: Server, timeout_s: float, broken: bytes = b""

@@ -91,8 +91,7 @@ class GrpcForwarder:
                     yield data
                 return
             except grpc.aio.AioRpcError as error:
-                is_away = error.code() is grpc.StatusCode.UNAVAILABLE
-                if began or not is_away or not self._room.is_idempotent(backend):
+                if began or not _is_away(error) or not self._room.is_idempotent(backend):
                     raise
                 refused.append(server.name)
 
@@ -116,6 +115,13 @@ class GrpcForwarder:
 
 def _bytes(value: str | bytes) -> bytes:
     return value.encode() if isinstance(value, str) else value
+
+
+def _is_away(error: grpc.aio.AioRpcError) -> bool:
+    """Whether there was no replica; gRPC has words of its own for one that ends while we write."""
+    if error.code() is grpc.StatusCode.INTERNAL:
+        return bool(error.details() == "Internal error from Core")
+    return error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 class _Sent:

@@ -182,6 +182,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "held_requests_max": (1, 1_000_000),
     "drain_timeout_s": (0, 86_400),
     "retry_body_kb": (1, 65_536),
+    "edge_threads": (1, 64),  # HAProxy takes no more in one group
 }
 
 
@@ -242,18 +243,23 @@ def _consistent(settings: Settings) -> Settings:
         if value is not None and not low <= value <= high:
             what = "a port " if name in PORTS else ""
             raise ConfigError(f"setting {name} must be {what}from {low} to {high}, not {value}")
-    try:
-        IPv4Address(settings.host)
-    except ValueError:
-        raise ConfigError(
-            f"setting host must be an IPv4 address such as 127.0.0.1, not {settings.host!r}"
-        ) from None
+    for name in ("host", "metrics_host"):
+        _check_address(name, getattr(settings, name))
     _check_ports_differ(settings)
     if settings.https_port is not None and settings.tls_pem is None:
         raise ConfigError("setting https_port needs tls_pem: a file with certificate and key")
     if settings.tls_pem is not None and not settings.tls_pem.is_file():
         raise ConfigError(f"setting tls_pem names {str(settings.tls_pem)!r}, which is not a file")
     return settings
+
+
+def _check_address(name: str, host: str) -> None:
+    try:
+        IPv4Address(host)
+    except ValueError:
+        raise ConfigError(
+            f"setting {name} must be an IPv4 address such as 127.0.0.1, not {host!r}"
+        ) from None
 
 
 def _check_ports_differ(settings: Settings) -> None:

@@ -266,27 +266,34 @@ def _wait_for_edge(running: Running) -> None:
 
 
 def _first_key(settings: Settings) -> None:
-    """Make the admin key that this machine's commands use, unless there is one."""
+    """Make the admin key that this machine's commands use, unless the store knows the one there."""
+    file = settings.home / "admin.key"
+    with contextlib.closing(_opened_store(settings)) as store:
+        if file.exists() and _is_admin(store, file.read_text(encoding="utf-8").strip()):
+            return
+        rng = SystemRandom()
+        key = Key(
+            id=f"{rng.getrandbits(40):010x}",
+            name=f"admin-{rng.getrandbits(40):010x}",
+            role="admin",
+            created_s=time.time(),
+        )
+        secret, digest = new_secret(key.id, rng)
+        store.add_key(key, digest)
+    _write_private(file, secret)
+
+
+def _opened_store(settings: Settings) -> Store:
+    """The cluster's store. Raises `ClusterError`."""
+    from alembic.util import CommandError
     from sqlalchemy.exc import SQLAlchemyError
 
     from cluster.store import Store
 
-    file = settings.home / "admin.key"
     try:
-        store = Store(settings.store_url)
-    except (SQLAlchemyError, ImportError) as error:
+        return Store(settings.store_url)
+    except (SQLAlchemyError, ImportError, CommandError) as error:
         raise ClusterError(f"setting store: it can't be opened: {_first_line(error)}") from None
-    rng = SystemRandom()
-    key = Key(
-        id=f"{rng.getrandbits(40):010x}",
-        name=f"admin-{rng.getrandbits(16):04x}",
-        role="admin",
-        created_s=time.time(),
-    )
-    secret, digest = new_secret(key.id, rng)
-    store.add_key(key, digest)
-    store.close()
-    _write_private(file, secret)
 
 
 def _is_admin(store: Store, text: str) -> bool:
@@ -353,10 +360,12 @@ def _is_process(pid: int, started_s: float) -> bool:
 def _with_ports(settings: Settings) -> Settings:
     """The settings with every port that may be any made a free one, the others checked."""
     chosen: dict[str, int] = {}
+    hosts = {"metrics_port": settings.metrics_host, "edge_metrics_port": "127.0.0.1"}
     with contextlib.ExitStack() as until_all_are_chosen:
         for name in PORTS:
             if (port := getattr(settings, name)) is not None:
-                bound = until_all_are_chosen.enter_context(_bound(settings.host, name, port))
+                host = hosts.get(name, settings.host)
+                bound = until_all_are_chosen.enter_context(_bound(host, name, port))
                 chosen[name] = int(bound.getsockname()[1])
     return replace(settings, **chosen)  # type: ignore[arg-type]
 

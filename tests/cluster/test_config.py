@@ -70,6 +70,7 @@ def test_every_setting_can_be_a_variable() -> None:
         "tensorflow_port": "5", "https_port": "6", "tls_pem": __file__, "needs_key": "off",
         "cpus": "7", "gpus": "0", "object_store_mb": "100", "held_requests_max": "9",
         "drain_timeout_s": "1.5", "store": "sqlite://", "registry": "x", "retry_body_kb": "64",
+        "edge_threads": "3",
     }  # fmt: skip
     variables = {f"SHOAL_{name.upper()}": text for name, text in texts.items()}
     settings = read_settings(environment=variables)
@@ -79,7 +80,7 @@ def test_every_setting_can_be_a_variable() -> None:
         metrics_host="127.0.0.8", edge_metrics_port=4, tensorflow_port=5, https_port=6,
         tls_pem=Path(__file__).resolve(), needs_key=False, cpus=7, gpus=0, object_store_mb=100,
         held_requests_max=9, drain_timeout_s=1.5, store="sqlite://", registry="x",
-        retry_body_kb=64,
+        retry_body_kb=64, edge_threads=3,
     )  # fmt: skip
 
 
@@ -209,6 +210,7 @@ def test_null_says_nothing_where_nothing_is_possible(tmp_path: Path, name: str) 
         ("drain_timeout_s", float("nan"), "from 0 to"),
         ("drain_timeout_s", float("inf"), "from 0 to"),
         ("retry_body_kb", 0, "from 1 to"),
+        ("edge_threads", 0, "from 1 to 64"),
     ],
 )
 def test_a_value_out_of_bounds_is_named_with_its_bounds(name: str, value: Any, right: str) -> None:
@@ -218,9 +220,10 @@ def test_a_value_out_of_bounds_is_named_with_its_bounds(name: str, value: Any, r
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1", "", "256.0.0.1", "127.0.0.1:80"])
-def test_a_host_that_nothing_can_bind_is_refused(host: str) -> None:
-    assert refusal(host=host) == (
-        f"setting host must be an IPv4 address such as 127.0.0.1, not {host!r}"
+@pytest.mark.parametrize("name", ["host", "metrics_host"])
+def test_a_host_that_nothing_can_bind_is_refused(name: str, host: str) -> None:
+    assert refusal(**{name: host}) == (
+        f"setting {name} must be an IPv4 address such as 127.0.0.1, not {host!r}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import embedded
+from cluster.access.keys import hash_of
 from cluster.config import ConfigError, Settings
 from cluster.embedded import MARK, ClusterError, Running
+from cluster.store import Store
 
 
 def running(home: Path, **changes: Any) -> Running:
@@ -135,6 +138,49 @@ def test_an_admin_key_that_can_not_be_read_is_named(tmp_path: Path) -> None:
         embedded.admin_key(tmp_path)
     (tmp_path / "admin.key").write_text("shoal_x_y\n")
     assert embedded.admin_key(tmp_path) == "shoal_x_y"
+
+
+def admins(settings: Settings) -> list[str]:
+    """The hashes of the store's admin keys."""
+    store = Store(settings.store_url)
+    ids = {key.id for key in store.all_keys() if key.role == "admin" and key.revoked_s is None}
+    found = [item.sha256 for item in store.key_hashes() if item.key_id in ids]
+    store.close()
+    return found
+
+
+def test_the_first_start_makes_an_admin_key_and_the_next_ones_keep_it(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    embedded._first_key(settings)
+    key = embedded.admin_key(tmp_path)
+    embedded._first_key(settings)
+    assert embedded.admin_key(tmp_path) == key
+    assert admins(settings) == [hash_of(key)]
+
+
+def test_a_key_that_the_store_does_not_know_is_replaced(tmp_path: Path) -> None:
+    embedded._first_key(Settings(tmp_path))
+    other = Settings(tmp_path, store=f"sqlite:///{tmp_path / 'another.db'}")
+    embedded._first_key(other)
+    assert admins(other) == [hash_of(embedded.admin_key(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "sqlite:////nowhere/x.db", "nothing://db/x", "postgresql://127.0.0.1:1/x"]
+)
+def test_a_store_that_can_not_be_opened_is_named(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ClusterError, match="setting store: it can't be opened: "):
+        embedded._first_key(Settings(tmp_path, store=url))
+    assert not (tmp_path / "admin.key").exists()
+
+
+def test_a_store_of_a_newer_shoal_is_named(tmp_path: Path) -> None:
+    settings = Settings(tmp_path)
+    embedded._first_key(settings)
+    with sqlite3.connect(tmp_path / "shoal.db") as db:
+        db.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(ClusterError, match="9999"):
+        embedded._first_key(settings)
 
 
 def test_the_end_of_a_log_is_its_last_lines_that_say_something(tmp_path: Path) -> None:

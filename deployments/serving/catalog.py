@@ -76,7 +76,7 @@ class ClusterCatalog:
         return self._models.get(name)
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Wake a model, and keep it awake from now on."""
+        """Wake a model and wait until it answers."""
         await self._known(name, True, parameters)
 
     async def unload(self, name: str, parameters: Mapping[str, Any]) -> None:

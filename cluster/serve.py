@@ -167,13 +167,12 @@ def metrics_folder(settings: Settings) -> Path:
 def _threads(spec: Version) -> dict[str, str]:
     """No model takes more threads than the cores that it asked for, nor spins while it waits.
 
-    vLLM's threads do spin: it has cores to itself, and a token a caller would wait for each wake-up
-    (one stream on two cores: 18 tokens/s without spinning, 25 with it).
+    On cores of its own a lone vLLM stream would be faster with spinning threads (25 tokens/s, not
+    18, on two cores); on shared ones its engine then takes over five minutes to start.
     """
     count = str(math.ceil(spec.resources.cpu) or 1)
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    patience = {} if spec.runtime == "vllm" else {"OMP_WAIT_POLICY": "PASSIVE"}
-    return {**dict.fromkeys(names, count), **patience}
+    return {**dict.fromkeys(names, count), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _run(name: str, application: Any) -> None:

@@ -50,7 +50,7 @@ class Vllm(System):
         options = [
             word
             for name, value in version["options"].items()
-            for word in (f"--{name.replace('_', '-')}", str(value))
+            for word in (f"--{name.replace('_', '-')}", *(() if value is True else (str(value),)))
         ]
         self.tree.start(
             [

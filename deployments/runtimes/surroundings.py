@@ -31,6 +31,14 @@ def announce_threads(count: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
 
 
+def let_choose_threads() -> None:
+    """Take back how many threads OpenMP may use, for an engine that binds its own to cores.
+
+    vLLM keeps a core or more for itself; as many threads as Ray says would share them.
+    """
+    os.environ.pop("OMP_NUM_THREADS", None)
+
+
 def stay_offline() -> None:
     """Keep Hugging Face's libraries, vLLM and MLflow from asking or telling anyone anything."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS"):

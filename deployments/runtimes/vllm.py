@@ -40,7 +40,7 @@ from deployments.model import Version
 from deployments.runtimes import ASGIApp, LoadError
 from deployments.runtimes.options import first_line, near
 from deployments.runtimes.orphans import Guard
-from deployments.runtimes.surroundings import stay_offline
+from deployments.runtimes.surroundings import let_choose_threads, stay_offline
 
 PROMPT = (Tensor("text_input", "BYTES", (-1,)),)
 TEXT = (Tensor("text_output", "BYTES", (-1,)),)
@@ -123,6 +123,7 @@ class VllmRuntime:
 
     async def start(self) -> Signature:
         stay_offline()
+        let_choose_threads()
         arguments = await asyncio.to_thread(_arguments, self._name, self._weights, self._version)
         self._guard = Guard()
         try:

@@ -11,33 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.inference import Tensor
+from deployments.inference import DTYPES, Tensor
 from deployments.model import TensorSpec
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import near
 
-NUMPY: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype(np.uint8),
-    "UINT16": np.dtype(np.uint16),
-    "UINT32": np.dtype(np.uint32),
-    "UINT64": np.dtype(np.uint64),
-    "INT8": np.dtype(np.int8),
-    "INT16": np.dtype(np.int16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "FP16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-    "BYTES": np.dtype(object),
-}
-
-_DATATYPES = {dtype: name for name, dtype in NUMPY.items()}
+_DATATYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str:
@@ -46,7 +28,7 @@ def datatype_of(dtype: np.dtype[Any]) -> str:
         return "BYTES"
     name = _DATATYPES.get(dtype.newbyteorder("="))
     if name is None:
-        raise LoadError(f"values of type {dtype} can't be sent; known: {', '.join(NUMPY)}")
+        raise LoadError(f"values of type {dtype} can't be sent; known: {', '.join(DTYPES)}")
     return name
 
 
@@ -109,7 +91,7 @@ def as_datatype(array: NDArray[Any], datatype: str) -> NDArray[Any]:
     """
     if datatype == "BYTES":
         return _as_bytes(array)
-    target = NUMPY[datatype]
+    target = DTYPES[datatype]
     if array.dtype == target:
         return array
     if array.dtype.kind in "SUT":

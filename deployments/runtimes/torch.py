@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from deployments.inference import Fault, InferenceError, Signature, Tensor, Tensors
+from deployments.inference import DTYPES, Fault, InferenceError, Signature, Tensor, Tensors
 from deployments.model import Version
 from deployments.runtimes import LoadError
 from deployments.runtimes.options import Options, first_line, near, read_options, weights_file
-from deployments.runtimes.signatures import NUMPY, agreed, as_datatype, datatype_of, tensors
+from deployments.runtimes.signatures import agreed, as_datatype, datatype_of, tensors
 from deployments.runtimes.surroundings import announce_threads, cores
 
 if TYPE_CHECKING:
@@ -213,13 +213,13 @@ def _array(value: Any) -> NDArray[Any]:
         raise LoadError(f"outputs: the program returns a {type(value).__name__}, not a tensor")
     value = value.detach().cpu()
     if value.dtype == torch.bfloat16:
-        return np.asarray(value.view(torch.int16).numpy().view(NUMPY["BF16"]))
+        return np.asarray(value.view(torch.int16).numpy().view(DTYPES["BF16"]))
     return np.asarray(value.numpy())
 
 
 def _zeros(tensor: Tensor) -> NDArray[Any]:
     rows = 2 if tensor.shape[0] == -1 else tensor.shape[0]
-    return np.zeros([rows, *(max(n, 1) for n in tensor.shape[1:])], NUMPY[tensor.datatype])
+    return np.zeros([rows, *(max(n, 1) for n in tensor.shape[1:])], DTYPES[tensor.datatype])
 
 
 def _seen(name: str, array: NDArray[Any]) -> Tensor:

@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-import ml_dtypes
 import numpy as np
 
 from deployments.inference import (
+    DTYPES,
     Fault,
     GenerationChunk,
     GenerationRequest,
@@ -33,23 +33,6 @@ from deployments.model import Version
 from deployments.runtimes import ASGIApp, Runtime, TextRuntime
 from deployments.serving.batching import Batcher
 from deployments.serving.cache import ResponseCache
-
-_NUMPY = {
-    "BOOL": np.dtype(np.bool_),
-    "UINT8": np.dtype(np.uint8),
-    "UINT16": np.dtype(np.uint16),
-    "UINT32": np.dtype(np.uint32),
-    "UINT64": np.dtype(np.uint64),
-    "INT8": np.dtype(np.int8),
-    "INT16": np.dtype(np.int16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "FP16": np.dtype(np.float16),
-    "FP32": np.dtype(np.float32),
-    "FP64": np.dtype(np.float64),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "BYTES": np.dtype(np.object_),
-}
 
 
 class Meter(Protocol):
@@ -328,7 +311,7 @@ class _Check:
     def __init__(self, tensor: Tensor) -> None:
         self.name = tensor.name
         self._datatype = tensor.datatype
-        self._dtype = _NUMPY.get(tensor.datatype)
+        self._dtype = DTYPES.get(tensor.datatype)
         self._shape = tensor.shape
         self._rank = len(tensor.shape)
 
@@ -377,7 +360,7 @@ def sample_tensor(tensor: Tensor, rows: int) -> np.ndarray[Any, Any]:
         array = np.empty(shape, dtype=np.object_)
         array.fill(b"warm up")
         return array
-    return np.zeros(shape, dtype=_NUMPY.get(tensor.datatype, np.dtype(np.float32)))
+    return np.zeros(shape, dtype=DTYPES.get(tensor.datatype, np.dtype(np.float32)))
 
 
 def _selected(outputs: Tensors, wanted: tuple[str, ...] | None) -> Tensors:

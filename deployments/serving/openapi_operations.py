@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deployments.serving.protocols.tensors import DTYPES
+from deployments.inference import DTYPES
 
 Schema = dict[str, Any]
 

@@ -20,6 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from deployments.inference import (
+    DTYPES,
     Engine,
     Fault,
     InferenceError,
@@ -353,6 +354,6 @@ def _raw_shape(form: Tensor, body_bytes: int) -> tuple[int, ...]:
             "variable length besides the batch"
         )
     if variable:
-        row_bytes = prod(n for n in shape if n != -1) * tensors.DTYPES[form.datatype].itemsize
+        row_bytes = prod(n for n in shape if n != -1) * DTYPES[form.datatype].itemsize
         shape[variable[0]] = body_bytes // row_bytes if row_bytes else 0
     return tuple(shape)

@@ -29,32 +29,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from deployments.inference import Fault, InferenceError, Signature, Tensor, Tensors
-
-try:
-    from ml_dtypes import bfloat16
-
-    _BF16: np.dtype[Any] = np.dtype(bfloat16)
-except ImportError:  # the bits, for models that know what to do with them
-    _BF16 = np.dtype("<u2")
-
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "BF16": _BF16,
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    "BYTES": np.dtype("O"),
-}
-"""The numpy type of each datatype. BYTES are objects: `bytes`."""
+from deployments.inference import DTYPES, Fault, InferenceError, Signature, Tensor, Tensors
 
 BINARY_ONLY = frozenset({"FP16", "BF16"})
 """Datatypes that the protocol never sends as JSON numbers."""
@@ -64,8 +39,7 @@ _LENGTH_MAX = 2**31 - 1
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _LENGTH = struct.Struct("<I")
 
-_NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in reversed(DTYPES.items())}
-_NAMES[np.dtype("<u2")] = "UINT16"
+_NAMES: dict[np.dtype[Any], str] = {dtype: name for name, dtype in DTYPES.items()}
 _INTEGERS = frozenset(n for n, dtype in DTYPES.items() if dtype.kind in "iu" and n != "BF16")
 _ALLOWED: dict[str, frozenset[type]] = {
     **{name: frozenset({int}) for name in _INTEGERS},

@@ -23,9 +23,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from deployments.inference import InferenceError, Signature, Tensor, Tensors
+from deployments.inference import DTYPES, InferenceError, Signature, Tensor, Tensors
 from deployments.serving.protocols.tensors import (
-    DTYPES,
     Inputs,
     bytes_array,
     datatype_of,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from deployments.inference import Fault, InferenceError, Signature, Tensor
+from deployments.inference import DTYPES, Fault, InferenceError, Signature, Tensor
 from deployments.serving.protocols import tensors
-from deployments.serving.protocols.tensors import DTYPES, Inputs
+from deployments.serving.protocols.tensors import Inputs
 
 NUMERIC = sorted(set(DTYPES) - {"BYTES"})
 AS_JSON = sorted(set(NUMERIC) - tensors.BINARY_ONLY)

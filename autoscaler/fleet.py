@@ -177,8 +177,8 @@ class _Judge:
         backlog = np.maximum(shocked * self.shock_gap, whole * self.need_gap)
         late = np.clip(backlog - 1.0, 0.0, 1.0)
         shortfall = shocked / (1.0 + shocked)
-        late_mean: Floats = np.tensordot(late, self.weight, axes=2)
-        shortfall_mean: Floats = np.tensordot(shortfall, self.weight, axes=2)
+        late_mean: Floats = np.einsum("nsj,sj->n", late, self.weight)
+        shortfall_mean: Floats = np.einsum("nsj,sj->n", shortfall, self.weight)
         return late_mean, shortfall_mean
 
     def _excess(self, capacity: Floats) -> Floats:

@@ -560,20 +560,20 @@ def common_fraction(memory: HazardMemory) -> float:
 def launchable(memory: HazardMemory, groups: Mapping[str, Group], now_s: float) -> Launchability:
     """What a launch in each group can hope for now, in the order of `groups`.
 
-    Right after a failure or a loss success is unlikely, right after a success it is likely; both
-    signs wear off within the mean time without capacity. The wait until the next try doubles with
+    A group has capacity for more or has not, and changes between the two as a Markov chain, whose
+    share of time with capacity is the mean of launches that tell something new: the last launch or
+    loss says which it was, and wears off. The wait until the next try doubles with
     each failure in a row, up to half of that time. Once it is over one node is asked for, then,
     with every success, twice as many as before.
     """
     memory = _aligned(memory, groups, now_s)
     standing = memory.standing
     down_s = _down_mean_s(memory)
-    bad_age_s, good_age_s = now_s - standing.fail_s, now_s - standing.success_s
     base = _success_mean(memory)
-    after_bad = base * -np.expm1(-np.maximum(bad_age_s, 0.0) / down_s)
-    after_good = 1.0 - (1.0 - base) * -np.expm1(-np.maximum(good_age_s, 0.0) / down_s)
+    last_s = np.maximum(standing.fail_s, standing.success_s)
+    faded = np.exp(-np.maximum(now_s - last_s, 0.0) / (down_s * base))
     is_bad = np.isfinite(standing.fail_s) & (standing.fail_s >= standing.success_s)
-    chance = np.where(is_bad, after_bad, np.where(np.isfinite(good_age_s), after_good, base))
+    chance = base * (1.0 - faded) + faded * ~is_bad
     retry_at_s = np.where(is_bad, standing.fail_s + _wait_s(memory, down_s), -np.inf)
     return Launchability(chance, retry_at_s, _believed_free(memory, groups, retry_at_s, now_s))
 

@@ -91,12 +91,16 @@ class Mark:
         seen = self._seen(snapshot, before)
         if snapshot.now_s + 1e-6 >= before.next_round_s:
             return self._round(snapshot, seen)
-        commands, short_rps = self._cover(snapshot, seen.needed_rps)
-        count = len(snapshot.nodes)
+        cover, short_rps = self._cover(snapshot, seen.needed_rps)
+        count = len(nodes_in(snapshot, snapshot.groups.values())) + sum(c.count for c in cover)
         return answer(
-            snapshot, seen, wanted=count, allowed=count, commands=commands,
+            snapshot,
+            replace(seen, plans=_with_cover(seen.plans, cover)),
+            wanted=count,
+            allowed=count,
+            commands=list(cover),
             because=f"short of {short_rps:.1f} rps between two plans",
-        )  # fmt: skip
+        )
 
     def _seen(self, snapshot: Snapshot, memory: MarkMemory) -> MarkMemory:
         failed = {
@@ -203,7 +207,7 @@ class Mark:
             commands += away(in_order_to_go(nodes)[: max(0, len(nodes) - kept)])
         return commands
 
-    def _cover(self, snapshot: Snapshot, needed_rps: float) -> tuple[list[Command], float]:
+    def _cover(self, snapshot: Snapshot, needed_rps: float) -> tuple[list[Launch], float]:
         """On-demand nodes of the cheapest type for what the nodes that stay don't carry."""
         rates = self.replica_rate_rps
         staying_rps = sum(
@@ -283,6 +287,18 @@ def _slope(values: tuple[float, ...]) -> float:
     middle = (len(values) - 1) / 2
     squares = sum((k - middle) ** 2 for k in range(len(values)))
     return sum((k - middle) * v for k, v in enumerate(values)) / squares if squares else 0.0
+
+
+def _with_cover(
+    plans: tuple[Mapping[str, int], ...], cover: list[Launch]
+) -> tuple[Mapping[str, int], ...]:
+    """The last plan with `cover` added, so that it stays while its replacement starts."""
+    if not plans or not cover:
+        return plans
+    last = dict(plans[-1])
+    for launch in cover:
+        last[launch.group] = last.get(launch.group, 0) + launch.count
+    return (*plans[:-1], last)
 
 
 def _room(group: Group, held: int) -> int:

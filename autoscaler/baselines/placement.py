@@ -11,7 +11,7 @@ It takes a launched node for running from the launch on (the snapshot lists it a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from autoscaler.decision import Command, Decision, Drain, Expected, Launch, Reason, Stop
@@ -71,9 +71,9 @@ def ready_in(nodes: Iterable[Node]) -> int:
     return sum(node.state is NodeState.READY for node in nodes)
 
 
-def in_order_to_go(nodes: Iterable[Node]) -> list[Node]:
-    """Not ready ones first, then the newest."""
-    return sorted(nodes, key=lambda n: (n.state is NodeState.READY, -n.started_s, n.id))
+def in_order_to_go(nodes: Sequence[Node]) -> list[Node]:
+    """Not ready ones first, then the newest (of equal age: the one listed last)."""
+    return sorted(nodes[::-1], key=lambda n: (n.state is NodeState.READY, -n.started_s))
 
 
 def away(nodes: Iterable[Node]) -> list[Command]:

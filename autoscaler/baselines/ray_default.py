@@ -71,8 +71,9 @@ class RayDefault:
         """One round of the controller."""
         now_s, model = snapshot.now_s, snapshot.models[0]
         machine = cheapest_machine(snapshot, self.replica_rate_rps)
-        ready = ready_in(nodes_in(snapshot, steady_groups(snapshot, machine)))
-        seen = self._seen(snapshot, memory)
+        nodes = nodes_in(snapshot, steady_groups(snapshot, machine))
+        ready = ready_in(nodes)
+        seen = self._seen(snapshot, memory, len(nodes))
         ongoing = seen.ongoing.mean(now_s)
         wish = self._wish(ongoing, ready, seen.target)
         is_cold = ready == 0 and wish > 0
@@ -87,10 +88,10 @@ class RayDefault:
             because=f"{ongoing:.1f} ongoing, {self.target_ongoing_requests:g} a replica",
         )
 
-    def _seen(self, snapshot: Snapshot, memory: RayMemory | None) -> RayMemory:
+    def _seen(self, snapshot: Snapshot, memory: RayMemory | None, held: int) -> RayMemory:
         now_s = snapshot.now_s
         before = memory or RayMemory(
-            target=within(snapshot.models[0], 0, self.replicas_min),
+            target=within(snapshot.models[0], held, self.replicas_min),
             ongoing=Window(self.look_back_s),
             seen_s=now_s - self.interval_s,
         )

@@ -2,10 +2,10 @@
 
 Three parts, decided every 20 s. *How many*: requests a second over the last minute divided by what
 a replica should get; a wish above the target must hold for 300 s, one below it for 1,200 s, counted
-in decisions. *On which market*: one spot replica more than the target; and for each of those that is
-not ready, an on-demand one at once, up to the target, until spot is ready again. *Where*: each zone
-is active or preempted; a preemption or a failed launch makes it preempted, a launch that came makes
-it active; when fewer than two are active, all are again.
+in decisions. *On which market*: one spot replica more than the target; and for each of those that
+is not ready, an on-demand one at once, up to the target, until spot is ready again. *Where*: each
+zone is active or preempted; a preemption or a failed launch makes it preempted, a launch that came
+makes it active; when fewer than two are active, all are again.
 
     target 3        spot wanted 4      spot ready 4 → on-demand 0
                                        spot ready 2 → on-demand 2

@@ -19,7 +19,7 @@ import enum
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ Json = dict[str, Any]
 
 WHOLE_EVERY = 200
 """A whole snapshot comes at least this often, so that a cut journal can be read from there on."""
+
+LONG = 32
+"""A tuple of this many numbers is a histogram: only what isn't zero is written."""
 
 _KEYS: dict[type, str] = {Node: "id", Replica: "id", Model: "name"}
 """What these are known by: a tuple of them becomes an object, so that a patch can name one."""
@@ -71,12 +74,22 @@ def _to_json(value: Any) -> Any:
         key = _KEYS.get(type(value[0])) if value else None
         if key:
             return {getattr(inner, key): _to_json(inner) for inner in value}
-        return [_to_json(inner) for inner in value]
+        return _sparse(value) if len(value) >= LONG else [_to_json(inner) for inner in value]
     return {
         name: _to_json(inner)
         for name in _field_types(type(value))
         if (inner := getattr(value, name)) is not None
     }
+
+
+def _sparse(values: Sequence[Any]) -> Any:
+    if not all(isinstance(value, float | int) for value in values):
+        return [_to_json(inner) for inner in values]
+    return {"length": len(values)} | {str(k): _to_json(v) for k, v in enumerate(values) if v}
+
+
+def _dense(values: Json) -> tuple[float, ...]:
+    return tuple(values.get(str(k), 0.0) for k in range(values["length"]))
 
 
 _FIELDS: dict[type, dict[str, Any]] = {}
@@ -94,6 +107,8 @@ def _from_json(value: Any, kind: Any) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):  # X | None, and None is left out
         return None if value is None else _from_json(value, inner[0])
+    if origin is tuple and inner[0] is float and isinstance(value, dict):
+        return _dense(value)
     if origin is tuple:
         members = value.values() if isinstance(value, dict) else value
         return tuple(_from_json(member, inner[0]) for member in members)

@@ -19,12 +19,26 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from autoscaler.snapshot import region_of
+from autoscaler.snapshot import MachineType, Resources, region_of
 from autoscaler.traces import Counts
-from autoscaler.world import Floats, Ints, MarketTrace
+from autoscaler.world import Floats, Ints, MarketTrace, Profile, ProfileMachine, ServiceTime
 
 ZONES = ("east-1a", "east-1b", "west-2a", "west-2b")
 """Two regions of two zones."""
+
+EXAMPLE_PROFILE = Profile(
+    (
+        ProfileMachine(
+            MachineType("p3.2xlarge", 3.06, 150.0, 0.1, Resources(8.0, 1.0, 61000.0)),
+            ServiceTime(fixed_ms=40.0, per_item_ms=10.0, spread=0.1),
+            boot_s=90.0,
+            load_s=60.0,
+            batch_size_max=8,
+            price_spot_usd_h=0.918,
+        ),
+    )
+)
+"""An image model on one V100, as in examples/profiles/vision-v100.yaml."""
 
 UP_SHAPE, DOWN_SHAPE = 0.6, 0.8
 

@@ -102,19 +102,19 @@ class Knative:
 
     def _seen(self, snapshot: Snapshot, memory: KnativeMemory | None, ready: int) -> KnativeMemory:
         now_s = snapshot.now_s
-        # Over more than one pod it starts in panic: it has no history to scale down on.
-        before = memory or KnativeMemory(
-            concurrency=Window(self.stable_window_s),
-            seen_s=now_s - self.interval_s,
-            scale=within(snapshot.models[0], max(1, ready)),
-            panic_s=now_s if ready > 1 else None,
-            panic_pods=ready,
-            active_s=now_s,
-        )
+        if memory is None:
+            return KnativeMemory(
+                concurrency=Window(self.stable_window_s),
+                seen_s=now_s,
+                scale=within(snapshot.models[0], max(1, ready)),
+                # Over more than one pod it starts in panic: it has no history to scale down on.
+                panic_s=now_s if ready > 1 else None,
+                panic_pods=ready,
+                active_s=now_s,
+            )
         mean = snapshot.models[0].traffic.ongoing_mean
-        return replace(
-            before, seen_s=now_s, concurrency=before.concurrency.then(before.seen_s, now_s, mean)
-        )
+        concurrency = memory.concurrency.then(memory.seen_s, now_s, mean)
+        return replace(memory, seen_s=now_s, concurrency=concurrency)
 
     def _target(self, model: Model, machine: str) -> float:
         if self.target is not None:

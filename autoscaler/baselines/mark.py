@@ -230,8 +230,8 @@ class Mark:
 
 
 def busiest_rps(traffic: Traffic) -> float:
-    """The highest rate over 5 s (or over a bin, where bins are longer)."""
-    width = max(1, math.ceil(BUSIEST_S / traffic.bin_s - 1e-9))
+    """The highest rate over about 5 s, or over a bin where bins are longer; a rest is left out."""
+    width = max(1, round(BUSIEST_S / traffic.bin_s))
     arrivals = traffic.arrivals
     starts = range(len(arrivals) % width, len(arrivals), width)
     counts = [sum(arrivals[start : start + width]) for start in starts]

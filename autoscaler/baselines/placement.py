@@ -73,7 +73,9 @@ def ready_in(nodes: Iterable[Node]) -> int:
 
 def in_order_to_go(nodes: Sequence[Node]) -> list[Node]:
     """Not ready ones first, then the newest (of equal age: the one listed last)."""
-    return sorted(nodes[::-1], key=lambda n: (n.state is NodeState.READY, -n.started_s))
+    newest_first = list(reversed(nodes))
+    newest_first.sort(key=lambda node: (node.state is NodeState.READY, -node.started_s))
+    return newest_first
 
 
 def away(nodes: Iterable[Node]) -> list[Command]:

@@ -90,15 +90,12 @@ class RayDefault:
 
     def _seen(self, snapshot: Snapshot, memory: RayMemory | None, held: int) -> RayMemory:
         now_s = snapshot.now_s
-        before = memory or RayMemory(
-            target=within(snapshot.models[0], held, self.replicas_min),
-            ongoing=Window(self.look_back_s),
-            seen_s=now_s - self.interval_s,
-        )
+        if memory is None:
+            target = within(snapshot.models[0], held, self.replicas_min)
+            return RayMemory(target, Window(self.look_back_s), now_s)
         mean = snapshot.models[0].traffic.ongoing_mean
-        return replace(
-            before, seen_s=now_s, ongoing=before.ongoing.then(before.seen_s, now_s, mean)
-        )
+        ongoing = memory.ongoing.then(memory.seen_s, now_s, mean)
+        return replace(memory, seen_s=now_s, ongoing=ongoing)
 
     def _wish(self, ongoing: float, ready: int, target: int) -> int:
         """Without a ready replica there is nothing to divide by: the target stays, at least 1 when

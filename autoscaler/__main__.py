@@ -23,9 +23,10 @@ from autoscaler.experiment import POLICIES, Experiment, ExperimentError, replaci
 from autoscaler.journal import JournalError
 from autoscaler.profile import ProfileError
 from autoscaler.traces import TraceError
+from autoscaler.what_if import ChangeError, read_changes, replay, report_text
 
 WRONG = 2
-WRONGS = (TraceError, ProfileError, ExperimentError, JournalError)
+WRONGS = (TraceError, ProfileError, ExperimentError, JournalError, ChangeError)
 """What a wrong file or option raises; each message is for the person who gave it."""
 
 COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
@@ -113,6 +114,7 @@ def simulate(options: argparse.Namespace) -> int:
         duration_s=options.duration_s,
         deadline_s=options.deadline_s,
         prelude_s=options.prelude_s,
+        settings=tuple(options.set),
     )
     rows = run_experiment(
         experiment,
@@ -142,8 +144,6 @@ def _words(text: str | None) -> tuple[str, ...]:
 
 def what_if(options: argparse.Namespace) -> int:
     """A recorded journal, decided again with something changed."""
-    from autoscaler.what_if import read_changes, replay, report_text
-
     changes = read_changes(options.set)
     result = replay(options.journal, changes)
     if options.json:
@@ -182,7 +182,7 @@ def generate(options: argparse.Namespace) -> int:
         file.write(profile_text(EXAMPLE_PROFILE))
     say(
         f"python -m autoscaler simulate --requests {out}/requests.csv --market {out}/market "
-        f"--profile {out}/profile.yaml --policy shoal,skyserve,static-peak --slo-ms 250 "
+        f"--profile {out}/profile.yaml --policy shoal,skyserve,static-peak --slo-ms 6000 "
         f"--out {out}/result"
     )
     return 0
@@ -222,6 +222,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     add("--duration-s", type=float, help="how long to run [to the end of the request trace]")
     add("--deadline-s", type=float, help="when a request is given up [5 SLOs, at least 30 s]")
     add("--prelude-s", type=float, default=1800.0, help="time to settle before the start [1800]")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of shoal's")
     add("--jobs", type=int, default=1, help="policies side by side, each in a process [1]")
     add("--no-bound", dest="bound", action="store_false", help="skip the lower bound")
     add("--no-plots", dest="plots", action="store_false", help="skip pictures and report.html")

@@ -33,11 +33,13 @@ from autoscaler.bound import bound
 from autoscaler.decision import Policy
 from autoscaler.journal import Recorded, Writer
 from autoscaler.ledger import Rental, Run, summary
+from autoscaler.policy import Shoal
 from autoscaler.profile import read_profile
 from autoscaler.queueing import rate_max_rps
 from autoscaler.simulation import simulate
 from autoscaler.snapshot import ServiceCurve, Slo
 from autoscaler.traces import read_market, read_requests
+from autoscaler.what_if import read_settings
 from autoscaler.world import Floats, World, a_world
 
 POLICIES: tuple[str, ...] = ("shoal", *BASELINES)
@@ -56,7 +58,10 @@ class ExperimentError(ValueError):
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked: files, policies, objective, windows and scales (see the command's help)."""
+    """What is asked: files, policies, objective, windows and scales (see the command's help).
+
+    `settings`: of Shoal's own policy, as KEY=VALUE.
+    """
 
     requests: Path
     market: Path
@@ -75,6 +80,7 @@ class Experiment:
     duration_s: float | None = None
     deadline_s: float | None = None
     prelude_s: float = 1800.0
+    settings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.policies:
@@ -89,6 +95,7 @@ class Experiment:
         _expect(self.seed >= 0, "seed", self.seed, "0 or more")
         _expect(self.prelude_s >= 0, "prelude-s", self.prelude_s, "0 or more")
         _expect(min(self.input_tokens, self.output_tokens) >= 0, "tokens", "below 0", "0 or more")
+        read_settings(self.settings)
         if self.deadline_s is not None:
             _expect(self.deadline_s > 0, "deadline-s", self.deadline_s, "positive")
 
@@ -204,30 +211,27 @@ def peak_rate_rps(world: World) -> float:
     return most / min(60.0, world.duration_s)
 
 
-def a_policy(name: str, world: World) -> Policy:
-    """A new policy of that name for `world`."""
-    if name == "shoal":
-        from autoscaler.policy import Shoal
-
-        return Shoal()
-    return BASELINES[name](sizing(world))
+def a_policy(name: str, world: World, settings: Sequence[str] = ()) -> Policy:
+    """A new policy of that name for `world`; `settings` are for Shoal's own."""
+    return Shoal(read_settings(settings)) if name == "shoal" else BASELINES[name](sizing(world))
 
 
 # --- one policy
 
 
-def play(world: World, name: str, folder: Path, stopwatch: Stopwatch) -> Outcome:
+def play(world: World, policy: Policy, folder: Path, stopwatch: Stopwatch) -> Outcome:
     """Run one policy and write its ledger, requests and journal into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "journal.jsonl") as journal:
-        policy = Recorded(a_policy(name, world), Writer(journal.write), stopwatch)
-        run = simulate(world, policy)
+        has_snapshots = policy.name == "shoal"  # the one that can be asked again
+        recorded = Recorded(policy, Writer(journal.write, has_snapshots), stopwatch)
+        run = simulate(world, recorded)
     with replacing(folder / "ledger.csv") as file:
         file.writelines(ledger_lines(run.ledger))
     with replacing(folder / "requests.csv") as file:
         file.writelines(request_lines(run))
     row = summary(run, None)
-    row["decide_ms_mean"] = policy.decide_s / max(policy.decisions, 1) * 1e3
+    row["decide_ms_mean"] = recorded.decide_s / max(recorded.decisions, 1) * 1e3
     return Outcome(row, run.ledger, _late(run))
 
 
@@ -359,7 +363,8 @@ def _played(
         for name in experiment.policies:
             tell(f"{name}: running")
             start_s = stopwatch()
-            yield _told(play(world, name, out / name, stopwatch), tell, stopwatch() - start_s)
+            policy = a_policy(name, world, experiment.settings)
+            yield _told(play(world, policy, out / name, stopwatch), tell, stopwatch() - start_s)
         return
     # A new interpreter each, which builds the same world again: nothing large is handed over.
     tell(f"{len(experiment.policies)} policies, {jobs} at a time")
@@ -372,7 +377,8 @@ def _played(
 
 def _play_alone(what: tuple[Experiment, str, Path, Stopwatch]) -> Outcome:
     experiment, name, folder, stopwatch = what
-    return play(read_world(experiment), name, folder, stopwatch)
+    world = read_world(experiment)
+    return play(world, a_policy(name, world, experiment.settings), folder, stopwatch)
 
 
 def _told(outcome: Outcome, tell: Tell, took_s: float | None) -> Outcome:

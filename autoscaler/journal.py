@@ -122,32 +122,56 @@ def _from_json(value: Any, kind: Any) -> Any:
     return value
 
 
-def changes(before: Json, after: Json) -> Json | None:
-    """The merge patch from `before` to `after`; None when no patch keeps the order of keys."""
-    kept = [key for key in before if key in after]
-    if list(after) != kept + [key for key in after if key not in before]:
-        return None
-    patch: Json = {key: None for key in before if key not in after}
-    for key, value in after.items():
-        if key not in before:
-            patch[key] = value
-        elif before[key] != value or _order(before[key]) != _order(value):
-            inner = _inner_changes(before[key], value)
-            if inner is None:
-                return None
-            patch[key] = inner
+def changes(before: Snapshot, after: Snapshot) -> Json | None:
+    """The merge patch from the JSON of `before` to that of `after`.
+
+    None when no patch keeps the order of keys, in which a policy may see its nodes and groups.
+    """
+    patch = _patch(before, after)
+    return None if patch is _NO_PATCH else patch
+
+
+_NO_PATCH = object()
+
+
+def _patch(before: Any, after: Any) -> Any:
+    """What to write over `before`: of what has members by name, those that differ."""
+    if type(before) is not type(after):
+        return _to_json(after)
+    old, new = _members(before), _members(after)
+    if old is None or new is None:
+        return _to_json(after)
+    kept = [key for key in old if key in new]
+    if list(new) != kept + [key for key in new if key not in old]:
+        return _NO_PATCH
+    patch: Json = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        if key not in old:
+            patch[key] = _to_json(value)
+        elif not _is_same(old[key], value):
+            patch[key] = inner = _patch(old[key], value)
+            if inner is _NO_PATCH:
+                return _NO_PATCH
     return patch
 
 
-def _inner_changes(before: Any, after: Any) -> Any:
-    if isinstance(before, dict) and isinstance(after, dict):
-        return changes(before, after)
-    return after
+def _members(value: Any) -> Mapping[str, Any] | None:
+    """What a JSON object of `value` would hold; None when it would be none."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, tuple):
+        key = _KEYS.get(type(value[0])) if value else None
+        return {getattr(member, key): member for member in value} if key else None
+    if not dataclasses.is_dataclass(value):
+        return None
+    named = ((name, getattr(value, name)) for name in _field_types(type(value)))
+    return {name: member for name, member in named if member is not None}
 
 
-def _order(value: Any) -> Any:
-    """The order of keys, at one depth: equal objects may still differ in it."""
-    return list(value) if isinstance(value, dict) else None
+def _is_same(before: Any, after: Any) -> bool:
+    if isinstance(after, Mapping):  # equal mappings may still differ in their order
+        return bool(before == after) and list(before) == list(after)
+    return before is after or bool(before == after)
 
 
 def patched(before: Json, patch: Json) -> Json:
@@ -204,20 +228,30 @@ def _command_to_json(command: Command) -> Json:
 
 @dataclass
 class Writer:
-    """Turns decisions into the lines of a journal, in order; remembers the line before."""
+    """Turns decisions into the lines of a journal, in order; remembers the snapshot before.
+
+    `has_snapshots`: with what they were made on, so that they can be made again.
+    """
 
     write: Callable[[str], object]
-    _before: Json | None = None
+    has_snapshots: bool = True
+    _before: Snapshot | None = None
     _lines: int = 0
 
     def line(self, policy: str, snapshot: Snapshot, decision: Decision[Any]) -> None:
         """Write the line of one decision."""
-        values, whole = decision_to_json(policy, snapshot, decision), snapshot_to_json(snapshot)
-        is_whole = self._before is None or self._lines % WHOLE_EVERY == 0
-        patch = None if is_whole else changes(self._before or {}, whole)
-        values |= {"snapshot": whole} if patch is None else {"changes": patch}
-        self._before, self._lines = whole, self._lines + 1
+        values = decision_to_json(policy, snapshot, decision)
+        if self.has_snapshots:
+            values |= self._seen(snapshot)
         self.write(json.dumps(values, separators=(",", ":")) + "\n")
+
+    def _seen(self, snapshot: Snapshot) -> Json:
+        before, self._before = self._before, snapshot
+        self._lines += 1
+        if before is None or self._lines % WHOLE_EVERY == 0:
+            return {"snapshot": snapshot_to_json(snapshot)}
+        patch = changes(before, snapshot)
+        return {"snapshot": snapshot_to_json(snapshot)} if patch is None else {"changes": patch}
 
 
 @dataclass

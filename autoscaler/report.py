@@ -14,6 +14,7 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ MARKET_COLORS = {
     Market.SPOT.value: "#2a9d8f",
 }
 BAD = "#c8452f"
+LATE_LEAST = 1e-5
+"""The left edge of a logarithmic axis: fewer late requests than this stand there."""
 
 
 # --- numbers for the pictures
@@ -78,39 +81,40 @@ def _mid_h(duration_s: float) -> Floats:
 
 def cost_figure(rows: Sequence[dict[str, Any]], attainment: float) -> Figure:
     """Cost against the share of late requests; the bound is a line, the target another."""
-    figure, axes = _figure(7.2, 4.2)
-    late = [max(1 - row["slo_attainment"], 1e-5) for row in rows]
-    for row, x in zip(rows, late, strict=True):
+    figure, axes = _figure(8.2, 4.2)
+    late = [max(1 - row["slo_attainment"], LATE_LEAST) for row in rows]
+    for row, x, marker in zip(rows, late, cycle("osD^vPX*<>"), strict=False):
         color = SHOAL if row["policy"] == "shoal" else FAINT
-        axes.scatter(x, row["cost_usd"], s=70, color=color, zorder=3)
-        axes.annotate(
-            row["policy"], (x, row["cost_usd"]), xytext=(7, 5), textcoords="offset points",
-            color=color, fontsize=9,
+        axes.plot(
+            x, row["cost_usd"], marker, color=color, markersize=8, label=row["policy"],
+            markeredgecolor="white", zorder=3,
         )  # fmt: skip
     if rows and rows[0].get("bound_target_usd") is not None:
         least = sorted(
             {
-                (max(1 - min(attainment, row["slo_attainment"]), 1e-5), row["bound_usd"])
+                (max(1 - min(attainment, row["slo_attainment"]), LATE_LEAST), row["bound_usd"])
                 for row in rows
             }
         )
-        least = sorted({*least, (max(1 - attainment, 1e-5), rows[0]["bound_target_usd"])})
-        ends = [(1e-5, least[0][1]), *least]
+        least = sorted({*least, (max(1 - attainment, LATE_LEAST), rows[0]["bound_target_usd"])})
+        ends = [(LATE_LEAST, least[0][1]), *least]
         axes.plot(*zip(*ends, strict=True), color=INK, linewidth=1.2, label="certified bound")
         axes.plot(*zip(*least, strict=True), ".", color=INK, markersize=6)
     axes.axvline(
-        max(1 - attainment, 1e-5),
+        max(1 - attainment, LATE_LEAST),
         color=BAD,
         linewidth=1,
         linestyle=(0, (4, 3)),
         label=f"target {attainment:.4g}",
     )
     axes.set_xscale("log")
-    axes.set_xlim(min([*late, 1 - attainment + 1e-5]) / 2, max([*late, 1 - attainment]) * 4 + 1e-5)
+    axes.set_xlim(
+        min([*late, 1 - attainment + LATE_LEAST]) / 2, max([*late, 1 - attainment]) * 4 + LATE_LEAST
+    )
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("share of requests late or failed")
+    axes.set_xlabel("share of requests late or failed (left edge: that or fewer)")
     axes.set_ylabel("cost, USD")
-    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 

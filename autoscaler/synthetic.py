@@ -13,9 +13,8 @@ the seed.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -30,15 +29,15 @@ EXAMPLE_PROFILE = Profile(
     (
         ProfileMachine(
             MachineType("p3.2xlarge", 3.06, 150.0, 0.1, Resources(8.0, 1.0, 61000.0)),
-            ServiceTime(fixed_ms=40.0, per_item_ms=10.0, spread=0.1),
+            ServiceTime(100.0, per_input_token_ms=0.3, per_output_token_ms=22.0, spread=0.1),
             boot_s=90.0,
             load_s=60.0,
-            batch_size_max=8,
+            concurrency=16,
             price_spot_usd_h=0.918,
         ),
     )
 )
-"""An image model on one V100, as in examples/profiles/vision-v100.yaml."""
+"""A language model on one V100, as in examples/profiles/llm-v100.yaml."""
 
 UP_SHAPE, DOWN_SHAPE = 0.6, 0.8
 
@@ -52,11 +51,14 @@ def generate_requests(
     wave: float = 0.6,
     noise: float = 0.15,
     bursts_per_day: float = 8.0,
+    input_tokens: float = 400.0,
+    output_tokens: float = 120.0,
 ) -> Counts:
     """Counts of a service with a daily wave (± `wave` of the mean), noise and bursts.
 
     `noise`: standard deviation of the logarithm of a slow disturbance (its memory is half an hour).
-    A burst multiplies the traffic by up to 3 and fades within some 10 minutes.
+    A burst multiplies the traffic by up to 3 and fades within some 10 minutes. Tokens are means of
+    each interval.
     """
     rng = np.random.default_rng([seed, 10])
     t_s = _times(duration_s, interval_s)
@@ -65,8 +67,11 @@ def generate_requests(
     slow = np.exp(noise * _remembering(len(t_s), np.exp(-interval_s / 1800), rng))
     burst = 1 + _bursts(t_s, duration_s, bursts_per_day, rng)
     number = rng.poisson(rate_rps * width_s * day * slow * burst).astype(np.float64)
-    none = np.zeros(len(t_s))
-    return Counts(t_s, width_s, number, none, none)
+    tokens = [
+        np.round(mean * np.exp(0.1 * rng.standard_normal(len(t_s))))
+        for mean in (input_tokens, output_tokens)
+    ]
+    return Counts(t_s, width_s, number, tokens[0], tokens[1])
 
 
 def _times(duration_s: float, step_s: float) -> Floats:
@@ -174,15 +179,18 @@ def _prices(hours: int, mean_usd_h: float, rng: np.random.Generator) -> Floats:
 
 
 def requests_lines(counts: Counts) -> Iterator[str]:
-    """`t_s,requests` as `traces.read_requests` reads it."""
-    yield "t_s,requests\n"
-    for t_s, number in zip(counts.t_s.tolist(), counts.requests.tolist(), strict=True):
-        yield f"{t_s:.10g},{number:.10g}\n"
+    """`t_s,requests` with tokens a request, as `traces.read_requests` reads it."""
+    yield "t_s,requests,input_tokens,output_tokens\n"
+    columns = (counts.t_s, counts.requests, counts.input_tokens, counts.output_tokens)
+    yield from _rows(columns)
 
 
 def market_lines(zones: Sequence[str], t_s: Floats, values: Floats | Ints) -> Iterator[str]:
     """`t_s,ZONE…` as `traces.read_market` reads it."""
     yield ",".join(["t_s", *zones]) + "\n"
-    body = io.StringIO()
-    np.savetxt(body, np.column_stack([t_s, values]), fmt="%.10g", delimiter=",")
-    yield body.getvalue()
+    yield from _rows((t_s, *values.T))
+
+
+def _rows(columns: Iterable[Floats | Ints]) -> Iterator[str]:
+    for row in zip(*(column.tolist() for column in columns), strict=True):
+        yield ",".join(f"{value:.10g}" for value in row) + "\n"

@@ -443,6 +443,56 @@ def test_a_plan_covers_the_peak_and_no_pick_was_needless(
     assert max(rates) - 1e-6 <= covered <= max(rates) + largest + 1e-6
 
 
+@given(
+    st.lists(st.integers(1, 300), min_size=7, max_size=7),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 90), st.integers(0, 9), st.booleans()),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_many_picks_at_once_are_what_one_at_a_time_would_be(
+    rates: list[int], machines: list[tuple[int, int, int, bool]]
+) -> None:
+    forecast = [(float(rate), 1) for rate in rates[:6]] + [(float(rates[6]), 44)]
+    kinds = [
+        Kind(str(k), float(rate), price / 10, price / 200 * is_new, most, is_new)
+        for k, (rate, price, most, is_new) in enumerate(machines)
+        if most
+    ]
+    assert [count for _, count in greedy(forecast, 6, kinds)] == one_at_a_time(forecast, kinds)
+
+
+def one_at_a_time(forecast: list[tuple[float, int]], kinds: list[Kind]) -> list[int]:
+    """The greedy choice as MArk's code makes it: one machine, then look again."""
+    counts, covered = [0] * len(kinds), 0.0
+    head = [rate for rate, _ in forecast[:6]]
+    start = head.index(max(head))
+    while head[start] > covered:
+        span = []
+        for rate, minutes in forecast[start:]:
+            if rate < covered:
+                break
+            span.append((rate - covered, minutes))
+        hours = sum(minutes for _, minutes in span) / 60
+        costs = [
+            (
+                (kind.price_usd_h * hours + kind.overhead_usd)
+                / sum(min(rate, kind.rate_rps) * minutes for rate, minutes in span),
+                k,
+            )
+            for k, kind in enumerate(kinds)
+            if counts[k] < kind.count_max
+        ]
+        if not costs:
+            break
+        least = min(cost for cost, _ in costs)
+        pick = next(k for cost, k in costs if cost <= least * (1 + 1e-9))
+        counts[pick] += 1
+        covered += kinds[pick].rate_rps
+    return counts
+
+
 def test_mark_gives_nodes_back_after_six_plans_without_them() -> None:
     story = Story(Mark(RATES_RPS), ZONES)
     story.until(600.0, rate_rps=40.0)

@@ -40,7 +40,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,7 @@ from autoscaler.world import Floats, Ints, World
 STEP_LEAST_S = 60.0
 STEPS_USUAL = 4032  # two weeks of five minutes
 WINDOW_STEPS = 360  # the solver's time grows faster than a window
+SOLVE_MOST_S = 60.0
 LAMBDAS_MOST = 14
 GAP_FRACTION = 1e-3
 """The search for the best λ ends when no other could raise the bound by more than this."""
@@ -230,12 +231,21 @@ class Staircase:
 
     def least(self, start_s: Floats, end_s: Floats) -> Floats:
         """The least values in each [start, end), or at start where that is empty."""
+        return self._over(np.minimum, start_s, end_s, "left")
+
+    def greatest(self, start_s: Floats, end_s: Floats) -> Floats:
+        """The greatest values in each [start, end]."""
+        return self._over(np.maximum, start_s, end_s, "right")
+
+    def _over(
+        self, extreme: np.ufunc, start_s: Floats, end_s: Floats, side: Literal["left", "right"]
+    ) -> Floats:
         first = self.row(start_s)
-        last = np.searchsorted(self.t_s, end_s, side="left") - 1
+        last = np.searchsorted(self.t_s, end_s, side=side) - 1
         pairs = np.column_stack([first, np.maximum(last, first) + 1]).ravel()
         padded = np.vstack([self.values, self.values[-1:]])  # an end beyond the last row
-        least: Floats = np.minimum.reduceat(padded, pairs, axis=0)[::2]
-        return least
+        found: Floats = extreme.reduceat(padded, pairs, axis=0)[::2]
+        return found
 
     def mean(self, edges_s: Floats) -> Floats:
         """The mean over each step between neighbouring edges, exactly."""
@@ -316,7 +326,8 @@ def _candidates(world: World, shares: Mapping[str, Floats]) -> list[Values]:
     ]
     price = {m.type.name: m.type.price_on_demand_usd_h / m.concurrency
              for m in world.profile.machines}  # fmt: skip
-    options.append({m: price[m] / price[names[0]] if price[names[0]] > 0 else 1.0 for m in names})
+    if min(price.values()) > 0:
+        options.append({m: price[m] / price[names[0]] for m in names})
     spread = max(
         (float(r.max() - r.min()) / max(float(r.max()), 1e-300) for r in ratios.values() if len(r)),
         default=0.0,
@@ -466,8 +477,9 @@ def _whole_steps(arrival_s: Floats, sums: Floats, edges_s: Floats, slo_s: float)
 class Supply:
     """What G rented groups can give in each of K steps; prices are the least that can be paid.
 
-    `power`: value a node second. `ready_mean` (G × K), `ready_edge` (G × K+1) and `ready_least`
-    (G × K): the most nodes that can be ready on average, at an edge, all through a step.
+    `power`: value a node second. The most nodes that can be ready: on average (`ready_mean`,
+    G × K), at an edge (`ready_edge`, G × K+1), all through a step (`ready_least`, G × K), at some
+    time of it (`ready_peak`, G × K).
     `price_usd_s`, `start_usd` (G × K): of a ready node a second, of a cold start that ends here.
     """
 
@@ -476,6 +488,7 @@ class Supply:
     ready_mean: Floats
     ready_edge: Floats
     ready_least: Floats
+    ready_peak: Floats
     price_usd_s: Floats
     start_usd: Floats
 
@@ -539,30 +552,38 @@ def _supply(world: World, power: Mapping[str, float], edges_s: Floats) -> Supply
     groups = tuple(
         g for g in world.groups.values() if g.market is not Market.RESERVED and power[g.machine] > 0
     )
-    steps = len(edges_s) - 1
-    mean, edge, least = (np.empty((len(groups), n)) for n in (steps, steps + 1, steps))
-    price, start = np.empty((len(groups), steps)), np.empty((len(groups), steps))
-    for i, group in enumerate(groups):
-        mean[i], edge[i], least[i] = _ready(world, group, edges_s)
-        price[i], start[i] = _prices(world, group, edges_s)
     powers = np.array([power[g.machine] for g in groups])
-    return Supply(groups, powers, mean, edge, least, price, start)
+    ready = [_ready(world, group, edges_s) for group in groups]
+    prices = [_prices(world, group, edges_s) for group in groups]
+    steps = len(edges_s) - 1
+    return Supply(
+        groups,
+        powers,
+        *_stacked(ready, (steps, steps + 1, steps, steps)),
+        *_stacked(prices, (steps, steps)),
+    )
 
 
-def _ready(world: World, group: Group, edges_s: Floats) -> tuple[Floats, Floats, Floats]:
-    """The most nodes that can be ready: mean by step, at edges, all through each step."""
+def _stacked(parts: Sequence[tuple[Floats, ...]], widths: Sequence[int]) -> list[Floats]:
+    """Each kind of row under one another; no rows, but as wide, without parts."""
+    return [
+        np.array([part[i] for part in parts]).reshape(len(parts), width)
+        for i, width in enumerate(widths)
+    ]
+
+
+def _ready(world: World, group: Group, edges_s: Floats) -> tuple[Floats, ...]:
+    """The most nodes that can be ready: mean, at edges, all through each step, at some time."""
     most = math.inf if group.nodes_max is None else float(group.nodes_max)
+    begin, end = edges_s[:-1], edges_s[1:]
     if group.market is not Market.SPOT:
-        steps = len(edges_s) - 1
-        return np.full(steps, most), np.full(steps + 1, most), np.full(steps, most)
+        always = np.full(len(begin), most)
+        return always, np.full(len(edges_s), most), always, always
     all_zones, column = _capacity(world), world.market.zones.index(group.zone)
     zone = Staircase(all_zones.t_s, np.minimum(all_zones.values[:, [column]], most))
     ready = zone.eroded(_cold_least_s(world, group.machine))
-    return (
-        ready.mean(edges_s)[:, 0],
-        ready.at(edges_s)[:, 0],
-        ready.least(edges_s[:-1], edges_s[1:])[:, 0],
-    )
+    parts = ready.mean(edges_s), ready.at(edges_s), ready.least(begin, end)
+    return tuple(part[:, 0] for part in (*parts, ready.greatest(begin, end)))
 
 
 def _prices(world: World, group: Group, edges_s: Floats) -> tuple[Floats, Floats]:
@@ -571,14 +592,21 @@ def _prices(world: World, group: Group, edges_s: Floats) -> tuple[Floats, Floats
     What was paid before time 0 doesn't count, so early cold starts cost less.
     """
     cold_s = _cold_least_s(world, group.machine)
-    times = world.market.price_t_s
-    if group.market is not Market.SPOT or times is None:
-        times = np.zeros(1)
+    times = _price_times_s(world, group)
     rows = np.array([[world.price_usd_h(group, float(t))] for t in times]) / 3600
     price = Staircase(times, rows)
     begin, end = edges_s[:-1], edges_s[1:]
     lowest = price.least(np.maximum(begin - cold_s, 0.0), end)[:, 0]
     return price.least(begin, end)[:, 0], lowest * np.minimum(cold_s, begin)
+
+
+def _price_times_s(world: World, group: Group) -> Floats:
+    market = world.market
+    if group.market is not Market.SPOT or market.price_t_s is None or market.price_usd_h is None:
+        return np.zeros(1)
+    column = market.price_usd_h[:, market.zones.index(group.zone)]
+    times: Floats = market.price_t_s[np.append(True, np.diff(column) != 0)]
+    return times
 
 
 # --- the program of one window
@@ -612,19 +640,28 @@ class Program:
     def solve(self, lambda_usd: float) -> Solved:
         """The dual value at that price of a skipped request."""
         cost = self.cost + self.skips * (lambda_usd / self.unit_usd)
-        found = linprog(
-            cost,
-            A_ub=self.rows,
-            b_ub=self.limits,
-            bounds=np.column_stack([np.zeros(len(cost)), self.most]),
-            method="highs-ipm",
-        )
-        if found.x is None:
-            return Solved(0.0, 0.0, np.zeros(self.groups))
+        found = self._optimum(cost)
         steps = len(self.widths_s)
         ready = found.x[: self.groups * steps].reshape(self.groups, steps) @ self.widths_s
         value = certified(cost, self.rows, self.limits, self.most, found.ineqlin.marginals)
         return Solved(value * self.unit_usd, float(self.skips @ found.x), ready)
+
+    def _optimum(self, cost: Floats) -> Any:
+        """The dual simplex is the fastest here; where it is stuck, the interior point is not.
+
+        Raises:
+            ArithmeticError: neither had an answer.
+        """
+        bounds, message = np.column_stack([np.zeros(len(cost)), self.most]), ""
+        for method in ("highs-ds", "highs-ipm"):
+            found = linprog(
+                cost, A_ub=self.rows, b_ub=self.limits, bounds=bounds, method=method,
+                options={"time_limit": SOLVE_MOST_S},
+            )  # fmt: skip
+            if found.status == 0:
+                return found
+            message = found.message
+        raise ArithmeticError(f"no optimum in {SOLVE_MOST_S:g} s: {message}")
 
     def within(self, budget: float) -> Program:
         """The same with the budget as a row in place of a price."""
@@ -814,8 +851,7 @@ class _Window:
 
     @cached_property
     def new_most(self) -> Floats:
-        new: Floats = np.maximum(np.ceil(self.ready_most), self.edge_most[:, 1:])
-        return new
+        return self.most(self.stage.supply.ready_peak[:, self.span])
 
     @cached_property
     def machines(self) -> tuple[str, ...]:

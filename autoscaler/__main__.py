@@ -45,9 +45,13 @@ COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m autoscaler") -> int:
+    """Run one command; its exit code. `program`: the words that its help is called by.
+
+    Raises:
+        SystemExit: help was asked for (0), or an option is wrong (2).
+    """
+    options = _parser(program).parse_args(arguments)
     try:
         code: int = options.run(options)
     except WRONGS as error:
@@ -191,9 +195,9 @@ def generate(options: argparse.Namespace) -> int:
 # --- the options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m autoscaler", description="Decide fleets in recorded or invented markets."
+        prog=program, description="Decide fleets in recorded or invented markets."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_simulate(commands.add_parser("simulate", help=simulate.__doc__))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import typer
 
-from cluster.commands import demo, keys, lifecycle, models
+from cluster.commands import demo, keys, lifecycle, models, simulate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +31,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for function in _COMMANDS:
     app.command()(function)
+for function in (simulate.simulate, simulate.what_if):
+    app.command(**simulate.HANDED_ON)(function)
 app.add_typer(keys.app, name="keys")
 
 

@@ -58,8 +58,8 @@ curves = st.builds(
     ServiceCurve, floats, floats, st.integers(), st.integers(), floats, histogram=histograms
 )
 traffics = st.builds(
-    Traffic, st.lists(floats, max_size=40).map(tuple), st.floats(0.1, 60), st.integers(), st.integers(),
-    floats, st.integers(), st.integers(), optional,
+    Traffic, st.lists(floats, max_size=40).map(tuple), st.floats(0.1, 60), st.integers(),
+    st.integers(), floats, st.integers(), st.integers(), optional,
 )  # fmt: skip
 models = st.builds(
     Model, names, st.builds(Slo, floats, floats), traffics, st.dictionaries(names, curves),
@@ -93,6 +93,7 @@ def test_a_snapshot_comes_back_equal_through_text(snapshot: Snapshot) -> None:
     assert order(back) == order(snapshot)
 
 
+@settings(max_examples=50)
 @given(snapshots, snapshots)
 def test_changes_lead_from_one_snapshot_to_the_next(before: Snapshot, after: Snapshot) -> None:
     patch = changes(before, after)

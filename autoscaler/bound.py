@@ -50,9 +50,14 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from autoscaler.snapshot import Group, Market
 from autoscaler.world import Floats, Ints, World
 
-STEP_LEAST_S = 60.0
-STEPS_USUAL = 4032  # two weeks of five minutes
-WINDOW_STEPS = 360  # the solver's time grows faster than a window
+STEP_LEAST_S, STEP_MOST_S = 10.0, 60.0
+STEPS_USUAL = 4320  # a day of 20 s, 15 days of 5 minutes
+STEPS_S = (10.0, 12.0, 15.0, 20.0, 30.0, 60.0, 120.0, 150.0, 200.0, 300.0, 600.0, 900.0, 1800.0)
+"""Traces are by the minute or by ten: steps that cut a minute elsewhere see its peaks halved."""
+
+WINDOW_STEPS, WINDOW_LEAST_S = 360, 6 * 3600.0
+"""The solver's time grows faster than a window; each window gives away a fleet's cold starts."""
+
 SOLVE_MOST_S = 60.0
 LAMBDAS_MOST = 14
 GAP_FRACTION = 1e-3
@@ -145,8 +150,9 @@ def bound(
 ) -> Bound:
     """The bound on cost in `world`, tight at `attainments` and true at every other.
 
-    `step_s`: about how long a step is (default: 60 s, longer for traces of more than three days).
-    `window_s`: about how long a window is (default: 360 steps). Shorter steps and longer windows
+    `step_s`: about how long a step is (default: a third of a cold start, 10 to 60 s, and longer
+    where that made more than 4,032 steps).
+    `window_s`: about how long a window is (default: 360 steps or 6 h, whichever is longer). Shorter steps and longer windows
     give higher bounds, and take longer.
 
     Raises:
@@ -154,9 +160,10 @@ def bound(
     """
     _check(attainments, step_s, window_s)
     step_s = step_s or _usual_step_s(world)
+    window_s = window_s or max(WINDOW_STEPS * step_s, WINDOW_LEAST_S)
     values = _best_values(world, attainments[0] if attainments else 1.0)
     stage = _stage(world, values, step_s)
-    cuts = _cuts(stage.demand.due, max(round((window_s or WINDOW_STEPS * step_s) / step_s), 1))
+    cuts = _cuts(stage.demand.due, max(round(window_s / step_s), 1))
     search = _Search(stage, tuple(_programs(stage, cuts)), _first_lambda(stage))
     for attainment in attainments:
         search.refine(attainment)
@@ -208,7 +215,11 @@ def _check(attainments: Sequence[float], step_s: float | None, window_s: float |
 
 
 def _usual_step_s(world: World) -> float:
-    return min(max(STEP_LEAST_S, world.duration_s / STEPS_USUAL), max(world.duration_s / 8, 1.0))
+    """A third of the shortest cold start, so that coming and going within a step gains nothing."""
+    colds = [_cold_least_s(world, m.type.name) for m in world.profile.machines]
+    fine_s = min(max(min(colds) / 3, STEP_LEAST_S), STEP_MOST_S)
+    least_s = max(fine_s, world.duration_s / STEPS_USUAL)
+    return next((step_s for step_s in STEPS_S if step_s >= least_s), least_s)
 
 
 # --- what is constant between changes
@@ -523,16 +534,17 @@ def _stage(world: World, values: Values, step_s: float) -> Stage:
 
 
 def _edges(world: World, step_s: float) -> Floats:
-    """Even steps, each edge moved to the market's change next to it, if there is one."""
-    count = max(math.ceil(world.duration_s / step_s - 1e-9), 1)
-    edges = np.linspace(0.0, world.duration_s, count + 1)
-    width = world.duration_s / count
-    changes = _capacity(world).changes_s
-    near = np.rint(changes / width).astype(np.int64)
+    """Even steps, each edge moved to the next time at which other nodes can be ready, if any."""
+    edges = np.append(np.arange(0.0, world.duration_s - step_s / 8, step_s), world.duration_s)
+    count = len(edges) - 1
+    colds = {_cold_least_s(world, m.type.name) for m in world.profile.machines if m.has_spot}
+    ready = [_capacity(world).eroded(cold_s).changes_s for cold_s in colds]
+    changes = np.unique(np.concatenate([np.zeros(0), *ready]))
+    near = np.rint(changes / step_s).astype(np.int64)
     inside = (near > 0) & (near < count)
     moved, first = np.unique(near[inside], return_index=True)
     edges[moved] = changes[inside][first]
-    wide = np.append(np.diff(edges) > width / 8, True)
+    wide = np.append(np.diff(edges) > step_s / 8, True)
     wide[0] = True
     kept: Floats = edges[wide]
     return kept

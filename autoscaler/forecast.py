@@ -1,0 +1,433 @@
+"""How much demand is to be expected when a machine launched now is ready?
+
+    arrivals ─► rate now (three speeds) ─► members ─► quantiles each ─► weighted ─► calibrated
+                                           last, fast, slow, Holt,      by recent   conformal
+                                           day ago, week ago,           pinball
+                                           quantile regression          loss
+
+Rates are handled as logarithms: demand doubles and halves. Each member forecasts the rate some
+steps ahead; the quantiles round it follow from its own residuals, whose scale and shape are tracked
+step by step. Members are mixed with weights that fall with their recent pinball loss (Koenker and
+Bassett 1978), and what the mixture still gets wrong is taken out by adaptive conformal inference
+(Gibbs and Candès 2021): each level has a correction that rises after a miss and falls after a hit,
+so that a stated 95 % covers 95 % in the long run, whatever the demand does.
+
+A count shows the rate only through Poisson noise, which `queueing` reckons with already. So the
+variance that the noise alone would explain is taken out of the band.
+
+When the band has been missed far too often lately, the forecast says so and is never below the
+recent maximum, with a margin: reactive, until its coverage is back.
+
+All arrays have a row a model; nothing here knows prices, machines or replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+Floats = NDArray[np.float64]
+
+STEPS_AHEAD = (1, 2, 3, 5, 8, 13)
+"""The horizons that are learned, in steps."""
+
+MEMBERS = ("last", "fast", "slow", "trend", "day", "week", "regression")
+LAST, FAST, SLOW, TREND, DAY, WEEK, REGRESSION = range(len(MEMBERS))
+
+FEATURES = 5
+RECENT = 10
+COARSE_STEPS = 10
+DAY_S, WEEK_S = 86_400.0, 7 * 86_400.0
+_PENDING = STEPS_AHEAD[-1] + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastSettings:
+    """`levels`: the quantiles that are forecast, rising. `step_s`: what is forecast is the mean
+    rate of such a step. `fast_s`, `last_s`, `slow_s`: time constants of the smoothed rates.
+    `scale_prior`: the standard deviation of the log rate ahead before anything was seen.
+    `coverage_min`: less than this part of the stated 95 % is a lost coverage.
+    """
+
+    levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
+    step_s: float = 60.0
+    fast_s: float = 20.0
+    last_s: float = 60.0
+    slow_s: float = 240.0
+    scale_prior: float = 0.06
+    memory_steps: float = 120.0
+    conformal_rate: float = 0.05
+    coverage_min: float = 0.8
+    floor_margin: float = 1.1
+    horizon_days: int = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ForecastMemory:
+    """What is remembered; M models, H horizons, K members, L levels, F features, P pending steps.
+
+    `smooth` [M, 3]: smoothed rates, and `smooth_weight` [3], what of each is real. `holt` [M, 2]:
+    level and slope of the log rate. `recent` [M, RECENT]: log rates of the last steps. `coarse`
+    [M, C]: log rates of the last days in ten-step means, NaN where unknown, slot `coarse_at` next.
+    `pending_*`: forecasts that wait for their step. `shape`, `scale`: the members' residuals.
+    """
+
+    settings: ForecastSettings
+    steps: int
+    now_s: float
+    part_s: float
+    part: Floats
+    smooth: Floats
+    smooth_weight: Floats
+    holt: Floats
+    recent: Floats
+    coarse: Floats
+    coarse_at: int
+    coarse_sum: Floats
+    coarse_steps: int
+    pending_point: Floats
+    pending_features: Floats
+    pending_quantile: Floats
+    shape: Floats
+    scale: Floats
+    loss: Floats
+    beta: Floats
+    correction: Floats
+    hits: Floats
+    hits_weight: float
+
+
+_NOT_BY_MODEL = ("smooth_weight",)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Rates ahead, in requests a second: `rate_rps` [models, horizons, levels], rising along the
+    levels; `rate_mean` [models, horizons]. `coverage` [models]: the share of recent steps within
+    the stated 95 %.
+    """
+
+    levels: tuple[float, ...]
+    rate_rps: Floats
+    rate_mean: Floats
+    coverage: Floats
+    is_covered: bool
+    because: str
+
+
+def fresh(models: int, settings: ForecastSettings) -> ForecastMemory:
+    """A memory of nothing."""
+    horizons, members, levels = len(STEPS_AHEAD), len(MEMBERS), len(settings.levels)
+    z = special.ndtri(np.asarray(settings.levels))
+    growth = np.sqrt(np.asarray(STEPS_AHEAD, dtype=np.float64))
+    scale = settings.scale_prior * growth[None, :, None]
+    slots = int(settings.horizon_days * DAY_S / (COARSE_STEPS * settings.step_s))
+    return ForecastMemory(
+        settings=settings,
+        steps=0,
+        now_s=0.0,
+        part_s=0.0,
+        part=np.zeros(models),
+        smooth=np.zeros((models, 3)),
+        smooth_weight=np.zeros(3),
+        holt=np.zeros((models, 2)),
+        recent=np.full((models, RECENT), np.nan),
+        coarse=np.full((models, slots), np.nan),
+        coarse_at=0,
+        coarse_sum=np.zeros(models),
+        coarse_steps=0,
+        pending_point=np.full((models, _PENDING, horizons, members), np.nan),
+        pending_features=np.zeros((models, _PENDING, FEATURES)),
+        pending_quantile=np.full((models, _PENDING, horizons, levels), np.nan),
+        shape=np.broadcast_to(z, (models, horizons, members, levels)).copy(),
+        scale=np.broadcast_to(scale, (models, horizons, members)).copy(),
+        loss=np.full((models, horizons, members), 0.1) * settings.scale_prior,
+        beta=np.zeros((models, horizons, levels, FEATURES))
+        + (scale * z)[..., None] * (np.arange(FEATURES) == 0),
+        correction=np.zeros((models, horizons, levels)),
+        hits=np.zeros(models),
+        hits_weight=0.0,
+    )
+
+
+def observe(
+    memory: ForecastMemory,
+    counts: NDArray[Any],
+    bin_s: float,
+    now_s: float,
+    settings: ForecastSettings,
+) -> ForecastMemory:
+    """`memory` after arrivals `counts` [models, bins] in bins of `bin_s`, the last ending now."""
+    memory = replace(memory, settings=settings, now_s=now_s)
+    for k, count in enumerate(np.asarray(counts, dtype=np.float64).T):
+        memory = _smoothed(memory, count / bin_s, bin_s)
+        memory = replace(memory, part=memory.part + count, part_s=memory.part_s + bin_s)
+        if memory.part_s >= settings.step_s - 1e-6:
+            ended_s = now_s - (counts.shape[1] - 1 - k) * bin_s
+            memory = _stepped(memory, ended_s)
+    return memory
+
+
+def _smoothed(memory: ForecastMemory, rate: Floats, bin_s: float) -> ForecastMemory:
+    settings = memory.settings
+    part = -np.expm1(-bin_s / np.array([settings.last_s, settings.fast_s, settings.slow_s]))
+    smooth = memory.smooth * (1 - part) + rate[:, None] * part
+    return replace(memory, smooth=smooth, smooth_weight=memory.smooth_weight * (1 - part) + part)
+
+
+def _log_rates(memory: ForecastMemory) -> Floats:
+    """Log of the smoothed rates [M, 3] (last, fast, slow), without the bias of their start."""
+    floor = 0.5 / memory.settings.step_s
+    logs: Floats = np.log(memory.smooth / np.maximum(memory.smooth_weight, 1e-12) + floor)
+    return logs
+
+
+# ── one step over: score what was forecast for it, learn, forecast anew ─────────────────────────
+
+
+def _stepped(memory: ForecastMemory, ended_s: float) -> ForecastMemory:
+    settings = memory.settings
+    y = np.log(memory.part / memory.part_s + 0.5 / settings.step_s)
+    memory = _scored(memory, y)
+    memory = _remembered(memory, y)
+    points = _points(memory, ended_s)
+    features = _features(memory)
+    quantiles = _mixed(memory, points, features)
+    slot = memory.steps % _PENDING
+    pending_point = memory.pending_point.copy()
+    pending_features = memory.pending_features.copy()
+    pending_quantile = memory.pending_quantile.copy()
+    pending_point[:, slot] = points
+    pending_features[:, slot] = features
+    pending_quantile[:, slot] = quantiles
+    return replace(
+        memory,
+        steps=memory.steps + 1,
+        part=np.zeros_like(memory.part),
+        part_s=0.0,
+        pending_point=pending_point,
+        pending_features=pending_features,
+        pending_quantile=pending_quantile,
+    )
+
+
+def _scored(memory: ForecastMemory, y: Floats) -> ForecastMemory:
+    """Learn from the step that has ended with log rate `y` [M]."""
+    shape, scale, loss = memory.shape.copy(), memory.scale.copy(), memory.loss.copy()
+    beta, correction = memory.beta.copy(), memory.correction.copy()
+    levels = np.asarray(memory.settings.levels)
+    keep = 1 - 1 / memory.settings.memory_steps
+    for h, ahead in enumerate(STEPS_AHEAD):
+        if memory.steps < ahead:
+            continue
+        slot = (memory.steps - ahead) % _PENDING
+        points, features = memory.pending_point[:, slot, h], memory.pending_features[:, slot]
+        residual = y[:, None] - points  # [M, K]
+        known = ~np.isnan(residual)
+        residual = np.where(known, residual, 0.0)
+        spread = scale[:, h, :, None] * shape[:, h]
+        straight = (beta[:, h] * features[:, None, :]).sum(axis=-1)  # [M, L]
+        spread[:, REGRESSION] = straight
+        is_under = residual[..., None] <= spread
+        pinball = (residual[..., None] - spread) * (levels - is_under)
+        fresh_loss = pinball.mean(axis=-1)
+        pace = max(0.05, 1.0 / (memory.steps - ahead + 2))
+        loss[:, h] = np.where(
+            known, loss[:, h] + max(1 - keep, pace / 4) * (fresh_loss - loss[:, h]), loss[:, h]
+        )
+        shape[:, h] += np.where(known[..., None], 0.05 * (levels - is_under), 0.0)
+        size = np.abs(residual) * 1.2533  # of a normal one: the standard deviation
+        scale[:, h] += np.where(known, max(1 - keep, pace / 4) * (size - scale[:, h]), 0.0)
+        step = 0.1 * scale[:, h, REGRESSION, None] * (levels - is_under[:, REGRESSION])
+        norm = 1.0 + (features[:, 1:] ** 2).sum(axis=-1)
+        beta[:, h] += step[..., None] * features[:, None, :] / norm[:, None, None]
+        told = memory.pending_quantile[:, slot, h]
+        miss = levels - (y[:, None] <= told)
+        correction[:, h] += np.where(
+            np.isnan(told), 0.0, memory.settings.conformal_rate * scale[:, h, LAST, None] * miss
+        )
+    hits, weight = _hits(memory, y)
+    scale = np.maximum(scale, 1e-3)
+    return replace(
+        memory, shape=shape, scale=scale, loss=loss, beta=beta, correction=correction,
+        hits=hits, hits_weight=weight,
+    )  # fmt: skip
+
+
+def _hits(memory: ForecastMemory, y: Floats) -> tuple[Floats, float]:
+    """How often the stated 95 % has held lately, three steps ahead."""
+    h = STEPS_AHEAD.index(3)
+    if memory.steps < STEPS_AHEAD[h]:
+        return memory.hits, memory.hits_weight
+    level = int(np.argmin(np.abs(np.asarray(memory.settings.levels) - 0.95)))
+    told = memory.pending_quantile[:, (memory.steps - STEPS_AHEAD[h]) % _PENDING, h, level]
+    part = 1 / 40
+    return memory.hits * (1 - part) + part * (y <= told), memory.hits_weight * (1 - part) + part
+
+
+def _remembered(memory: ForecastMemory, y: Floats) -> ForecastMemory:
+    """Trend, recent steps and the days' memory with one more step."""
+    level, slope = memory.holt.T
+    if memory.steps == 0:
+        level, slope = y, np.zeros_like(y)
+    else:
+        told = level + 0.95 * slope
+        raised = told + 0.4 * (y - told)
+        level, slope = raised, 0.95 * slope + 0.1 * (y - told)
+    recent = np.concatenate([memory.recent[:, 1:], y[:, None]], axis=1)
+    total, steps = memory.coarse_sum + y, memory.coarse_steps + 1
+    coarse, at = memory.coarse, memory.coarse_at
+    if steps == COARSE_STEPS:
+        coarse = coarse.copy()
+        coarse[:, at % coarse.shape[1]] = total / steps
+        total, steps, at = np.zeros_like(total), 0, at + 1
+    return replace(
+        memory, holt=np.stack([level, slope], axis=1), recent=recent, coarse=coarse, coarse_at=at,
+        coarse_sum=total, coarse_steps=steps,
+    )  # fmt: skip
+
+
+# ── members ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _points(memory: ForecastMemory, now_s: float) -> Floats:
+    """Each member's log rate [M, H, K]; NaN where it has nothing to say."""
+    logs = _log_rates(memory)
+    points = np.full((len(logs), len(STEPS_AHEAD), len(MEMBERS)), np.nan)
+    points[:, :, LAST] = points[:, :, REGRESSION] = logs[:, :1]
+    points[:, :, FAST] = logs[:, 1:2]
+    points[:, :, SLOW] = logs[:, 2:]
+    ahead = np.asarray(STEPS_AHEAD, dtype=np.float64)
+    damped = 0.95 * (1 - 0.95**ahead) / 0.05
+    rise = memory.holt[:, 1:] * (damped + 1.0)  # the smoothed rate lags by about a step
+    points[:, :, TREND] = logs[:, :1] + np.clip(rise, -1.0, 1.0)
+    for member, period_s in ((DAY, DAY_S), (WEEK, WEEK_S)):
+        change = _change_before(memory, period_s)
+        points[:, :, member] = logs[:, :1] + change
+    return points
+
+
+def _change_before(memory: ForecastMemory, period_s: float) -> Floats:
+    """How the log rate changed over each horizon one period ago [M, H]; NaN where unknown."""
+    coarse_s = COARSE_STEPS * memory.settings.step_s
+    slots = memory.coarse.shape[1]
+    back = period_s / coarse_s
+    # The newest whole slot is `coarse_at` - 1; its middle lies half a slot and a part ago.
+    here = memory.coarse_at - 0.5 + memory.coarse_steps / COARSE_STEPS - back
+    ahead = np.asarray(STEPS_AHEAD, dtype=np.float64) / COARSE_STEPS
+    if here < 0.5 or memory.coarse_at - here > slots - 1:
+        return np.full((len(memory.coarse), len(ahead)), np.nan)
+    then = _between(memory, np.array([here]))
+    change: Floats = _between(memory, here + ahead) - then
+    return change
+
+
+def _between(memory: ForecastMemory, at: Floats) -> Floats:
+    """The days' memory between slots [M, len(at)]; a slot`s middle is at its number + 0.5."""
+    low = np.floor(at - 0.5).astype(np.int64)
+    part = at - 0.5 - low
+    slots = memory.coarse.shape[1]
+    first, second = memory.coarse[:, low % slots], memory.coarse[:, (low + 1) % slots]
+    found: Floats = first * (1 - part) + second * part
+    return found
+
+
+def _features(memory: ForecastMemory) -> Floats:
+    """[M, F]: a constant, what moves fast, what moves slowly, the trend, and yesterday's change."""
+    logs = _log_rates(memory)
+    day = _change_before(memory, DAY_S)[:, STEPS_AHEAD.index(3)]
+    columns = [
+        np.ones(len(logs)),
+        np.clip(logs[:, 1] - logs[:, 0], -2, 2),
+        np.clip(logs[:, 0] - logs[:, 2], -2, 2),
+        np.clip(10 * memory.holt[:, 1], -2, 2),
+        np.clip(np.nan_to_num(day), -2, 2),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _mixed(memory: ForecastMemory, points: Floats, features: Floats) -> Floats:
+    """Quantiles of the log rate [M, H, L]: members mixed by their losses, calibrated, in order."""
+    spread = memory.scale[..., None] * memory.shape
+    spread[:, :, REGRESSION] = np.einsum("mhlf,mf->mhl", memory.beta, features)
+    quantiles = points[..., None] + spread  # [M, H, K, L]
+    weight = _weights(memory, points)
+    mixed = np.einsum("mhk,mhkl->mhl", weight, np.nan_to_num(quantiles)) + memory.correction
+    ordered: Floats = np.maximum.accumulate(mixed, axis=-1)
+    return ordered
+
+
+def _weights(memory: ForecastMemory, points: Floats) -> Floats:
+    """The members' shares [M, H, K]: exponential in the excess over the least loss."""
+    loss = np.where(np.isnan(points), np.inf, memory.loss)
+    least = np.maximum(loss.min(axis=-1, keepdims=True), 1e-9)
+    raw = np.exp(-8.0 * np.minimum(loss / least - 1, 50.0)) * np.isfinite(loss)
+    shares: Floats = raw / raw.sum(axis=-1, keepdims=True)
+    return shares
+
+
+# ── what is expected ────────────────────────────────────────────────────────────────────────────
+
+
+def predict(memory: ForecastMemory, horizons_s: Sequence[float]) -> Forecast:
+    """Rates at each of `horizons_s` (0 counts as one step ahead; beyond the last, the last)."""
+    settings = memory.settings
+    points = _points(memory, memory.now_s)
+    logs = _mixed(memory, points, _features(memory))
+    logs = _without_noise(memory, logs)
+    steps = np.asarray(horizons_s, dtype=np.float64) / settings.step_s
+    places = np.minimum(np.searchsorted(STEPS_AHEAD, steps - 1e-9), len(STEPS_AHEAD) - 1)
+    floor = 0.5 / settings.step_s
+    rates = np.maximum(np.exp(logs[:, places]) - floor, 0.0)
+    coverage = memory.hits / max(memory.hits_weight, 1e-9)
+    is_lost = (coverage < 0.95 * settings.coverage_min) & (memory.hits_weight > 0.2)
+    because = ""
+    if is_lost.any():
+        recent = np.exp(np.nanmax(memory.recent, axis=1)) * settings.floor_margin
+        reactive = np.where(is_lost, recent, 0.0)[:, None, None]
+        rates = np.maximum(rates, reactive)
+        worst = float(coverage[is_lost].min())
+        because = f"forecast: 95 % covered only {100 * worst:.0f} % lately, floor at recent maximum"
+    return Forecast(
+        levels=settings.levels,
+        rate_rps=rates,
+        rate_mean=rates[:, :, 0],
+        coverage=coverage,
+        is_covered=not bool(is_lost.any()),
+        because=because,
+    )
+
+
+def _without_noise(memory: ForecastMemory, logs: Floats) -> Floats:
+    """Quantiles of the rate from those of a step's count: a Poisson count of mean n moves its log
+    by 1 / √n, and independent variances add.
+    """
+    z = special.ndtri(np.asarray(memory.settings.levels))
+    middle = logs[..., :1]
+    noise2 = z**2 / np.maximum(np.exp(middle) * memory.settings.step_s, 1.0)
+    above = logs - middle
+    rate: Floats = middle + np.sqrt(np.maximum(above**2 - noise2, 0.0))
+    return np.maximum.accumulate(rate, axis=-1)
+
+
+def reindexed(
+    memory: ForecastMemory, before: Sequence[str], after: Sequence[str]
+) -> ForecastMemory:
+    """The same for another list of models: known ones keep their past, new ones begin."""
+    row = {name: i for i, name in enumerate(before)}
+    new = fresh(len(after), memory.settings)
+    kept = [(i, row[name]) for i, name in enumerate(after) if name in row]
+    to, of = [i for i, _ in kept], [k for _, k in kept]
+    changed: dict[str, Any] = {}
+    for field in fields(memory):
+        value = getattr(memory, field.name)
+        if isinstance(value, np.ndarray) and field.name not in _NOT_BY_MODEL:
+            moved = getattr(new, field.name)
+            moved[to] = value[of]
+            changed[field.name] = moved
+    return replace(memory, **changed)

@@ -56,6 +56,10 @@ _SIGMA_MIN = 1e-3
 _MIDDLES_MS: Floats = np.sqrt(np.asarray(SERVICE_EDGES_MS[1:]) * np.asarray(SERVICE_EDGES_MS[:-1]))
 _EDGES_MS: Floats = np.asarray(SERVICE_EDGES_MS)
 _LOADS = 64
+_STRETCHES: Floats = np.array([-np.inf, 0.0, 0.75, 1.5, 2.25, 3.0, np.inf])
+_STRETCH_SHARE: Floats = np.diff(special.ndtr(_STRETCHES))
+_STRETCH_SIGMAS: Floats = -np.diff(np.exp(-(_STRETCHES**2) / 2)) / np.sqrt(2 * np.pi)
+_STRETCH_SIGMAS /= _STRETCH_SHARE
 _GALLOP: Floats = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64], dtype=np.float64)
 _PARTS: Floats = np.arange(1, 13) / 12.0
 
@@ -66,7 +70,8 @@ class Curves:
     or (), and some one more axis.
 
     `edges` [S, cells + 1] of the service time as a multiple of its mean; `bends` [S, cells + 1]:
-    how much the density drops at each edge. `spare_log` [S, loads + 1]: log((1 − r) / (1 − u)) at
+    how much the density drops at each edge. `evens`: 1/2 where the shape is of one request, and so
+    narrows by √b in a batch of b; 0 where batches themselves were measured. `spare_log` [S, loads + 1]: log((1 − r) / (1 − u)) at
     evenly spaced loads u in 0..1; None where no curve batches.
     """
 
@@ -77,6 +82,7 @@ class Curves:
     cv2: Floats
     edges: Floats
     bends: Floats
+    evens: Floats
     spare_log: Floats | None
 
     @classmethod
@@ -121,6 +127,7 @@ class Curves:
             self.cv2[..., None],
             self.edges[..., None, :],
             self.bends[..., None, :],
+            self.evens[..., None],
             None if self.spare_log is None else self.spare_log[..., None, :],
         )
 
@@ -136,6 +143,7 @@ def _curves_of_one(curve: ServiceCurve) -> Curves:
         many.cv2[0],
         many.edges[0],
         many.bends[0],
+        many.evens[0],
         None if many.spare_log is None else many.spare_log[0],
     )
 
@@ -149,19 +157,19 @@ def _curves_of(curves: tuple[ServiceCurve, ...]) -> Curves:
     fixed, item, workers, batch_max, cv = columns.T.copy()
     sigma = np.maximum(np.sqrt(np.log1p(cv**2)), _SIGMA_MIN)
     edges = np.exp(sigma[:, None] * _SIGMAS)
-    cv2 = cv**2
+    cv2, evens = cv**2, np.full(len(curves), 0.5)
     for row, curve in enumerate(curves):
         if curve.histogram and (counts := np.asarray(curve.histogram)).sum() > 0:
             edges[row], mean_ms, cv2[row] = _shape_of(counts)
+            evens[row] = 0.0
             if curve.batch_size_max == 1:  # else the sizes of the measured batches are not known
                 fixed[row], item[row] = mean_ms, 0.0
     edges /= ((edges[:, 1:] + edges[:, :-1]) / 2 @ _MASS)[:, None]
     density = np.zeros((len(curves), SHAPE_CELLS + 2))
     density[:, 1:-1] = _MASS / np.diff(edges, axis=1)
     spare = _spare_log(fixed, item, batch_max) if (batch_max > 1).any() else None
-    return Curves(
-        fixed, item, workers, batch_max, cv2, edges, density[:, :-1] - density[:, 1:], spare
-    )
+    bends = density[:, :-1] - density[:, 1:]
+    return Curves(fixed, item, workers, batch_max, cv2, edges, bends, evens, spare)
 
 
 def _shape_of(counts: Floats) -> tuple[Floats, float, float]:
@@ -243,11 +251,14 @@ def late_fraction(
     curve: Curves | ServiceCurve,
     slo_ms: ArrayLike,
     dispersion: ArrayLike = 1.0,
+    rate_cv: ArrayLike = 0.0,
 ) -> Floats:
     """The share of requests that take longer than `slo_ms`; arguments broadcast to its shape.
 
     In 0..1; falls with `replicas`, rises with `rate_rps`, and is 1 where the load is 1 or more.
-    Without requests it is what service alone would make late, whatever the replicas.
+    Without requests it is what service alone would make late, whatever the replicas. `rate_cv`:
+    standard deviation / mean of a rate that moves more slowly than the queue; it is taken to be
+    lognormal and the shares of the rates are averaged.
     """
     curves = Curves.of(curve)
     slo = np.asarray(slo_ms, dtype=np.float64)
@@ -258,6 +269,7 @@ def late_fraction(
         slo,
         np.asarray(dispersion, dtype=np.float64),
         unavoidable_fraction(curves, slo),
+        np.asarray(rate_cv, dtype=np.float64),
     )
 
 
@@ -270,6 +282,31 @@ def unavoidable_fraction(curve: Curves | ServiceCurve, slo_ms: ArrayLike) -> Flo
 
 
 def _late(
+    rate: Floats,
+    replicas: Floats,
+    curves: Curves,
+    slo_ms: Floats,
+    dispersion: Floats,
+    calm: Floats,
+    rate_cv: Floats,
+) -> Floats:
+    """The late share of the requests, of which more come when the rate is high (size-biased)."""
+    if not rate_cv.any():
+        return _late_steady(rate, replicas, curves, slo_ms, dispersion, calm)
+    sigma = np.sqrt(np.log1p(rate_cv[..., None] ** 2))
+    rates = rate[..., None] * np.exp(sigma * _STRETCH_SIGMAS + sigma**2 / 2)
+    late = _late_steady(
+        rates,
+        replicas[..., None],
+        curves._with_axis(),
+        slo_ms[..., None],
+        dispersion[..., None],
+        calm[..., None],
+    )
+    return np.asarray(late @ _STRETCH_SHARE)
+
+
+def _late_steady(
     rate: Floats, replicas: Floats, curves: Curves, slo_ms: Floats, dispersion: Floats, calm: Floats
 ) -> Floats:
     workers = replicas * curves.workers
@@ -280,7 +317,7 @@ def _late(
     delayed = _delayed(erlang_b(workers / peak, erlangs / peak), spare)
     wait_ms = _wait_ms(curves, workers, batch, power, dispersion)
     seen = np.minimum(curves.batch_max, 2 * batch - 1)  # larger batches hold more of the requests
-    tail = _tail(curves, wait_ms, curves.fixed_ms + curves.item_ms * seen, slo_ms)
+    tail = _tail(curves, wait_ms, seen, slo_ms)
     late = np.minimum(calm + delayed * np.maximum(tail - calm, 0.0), 1.0)
     return np.asarray(np.where(rate > 0, np.where(load < 1, late, 1.0), calm))
 
@@ -314,13 +351,20 @@ def _wait_ms(
     return np.asarray(turn_ms * (spread * (0.5 + ahead / (1 + batch))))
 
 
-def _tail(curves: Curves, wait_ms: Floats, service_ms: Floats, slo_ms: Floats) -> Floats:
+def _tail(curves: Curves, wait_ms: Floats, batch: Floats, slo_ms: Floats) -> Floats:
     """P(W + S > slo), W exponential, S uniform in each cell of its shape; in units of E[S]."""
+    service_ms = curves.fixed_ms + curves.item_ms * batch
     pace = np.asarray(service_ms / np.maximum(wait_ms, 1e-9 * service_ms))[..., None]
     pace = np.maximum(pace, 1e-9)
-    room = np.asarray(slo_ms / service_ms)[..., None] - curves.edges
+    room = np.asarray(slo_ms / service_ms)[..., None]
+    if curves.spare_log is None:
+        room = room - curves.edges
+        narrow = np.ones(())
+    else:
+        narrow = np.asarray(batch**curves.evens)
+        room = (room - 1) - (curves.edges - 1) / narrow[..., None]
     risen = np.expm1(-pace * np.maximum(room, 0.0)) / pace + np.maximum(-room, 0.0)
-    return np.asarray((curves.bends * risen).sum(axis=-1))
+    return np.asarray((curves.bends * risen).sum(axis=-1) * narrow)
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,6 +390,7 @@ def replicas_needed(
     backlog: ArrayLike = 0.0,
     clear_s: ArrayLike = 30.0,
     residual: ArrayLike = 1.0,
+    rate_cv: ArrayLike = 0.0,
 ) -> Sizing:
     """The fewest replicas that keep the late share within `late_max`, by model; none for no rate.
 
@@ -353,18 +398,18 @@ def replicas_needed(
     arrives. `residual`: by how much late shares are known to exceed the formula's (`Residual`).
     """
     curves = Curves.of(curve)
-    rate, slo, target, spread, queued, within, excess = _rows(
-        curves, rate_rps, slo_ms, late_max, dispersion, backlog, clear_s, residual
+    rate, slo, target, spread, queued, within, excess, moving = _rows(
+        curves, rate_rps, slo_ms, late_max, dispersion, backlog, clear_s, residual, rate_cv
     )
     calm = unavoidable_fraction(curves, slo)
     slack = EXCESS_FRACTION * target / excess
     is_attainable = calm + slack <= target / excess
     aim = np.maximum(target / excess, calm + slack)
-    replicas, late = _Search(rate, curves, slo, spread, calm, aim).fewest()
+    replicas, late = _Search(rate, curves, slo, spread, calm, moving, aim).fewest()
     if (queued > 0).any():
         flow = (rate + queued / np.maximum(within, 1e-9)) / curves.rate_max_rps
         replicas = np.maximum(replicas, np.where(queued > 0, np.ceil(flow), 0.0))
-        late = _late(rate, replicas, curves, slo, spread, calm)
+        late = _late(rate, replicas, curves, slo, spread, calm, moving)
     return Sizing(replicas.astype(np.int64), np.minimum(late * excess, 1.0), is_attainable)
 
 
@@ -388,6 +433,7 @@ class _Search:
     slo: Floats
     dispersion: Floats
     calm: Floats
+    rate_cv: Floats
     target: Floats
 
     def fewest(self) -> tuple[Floats, Floats]:
@@ -417,6 +463,7 @@ class _Search:
             self.slo[:, None],
             self.dispersion[:, None],
             self.calm[:, None],
+            self.rate_cv[:, None],
         )
         first = (late > self.target[:, None]).sum(axis=1)  # late shares fall with the candidates
         rows, last = np.arange(len(low)), candidates.shape[1] - 1
@@ -435,13 +482,16 @@ def rate_max_rps(
     slo_ms: ArrayLike,
     late_max: ArrayLike,
     dispersion: ArrayLike = 1.0,
+    rate_cv: ArrayLike = 0.0,
 ) -> Floats:
     """The largest rate that so many replicas carry within `late_max`, to 1 part in 20,000.
 
     0 where service alone makes more late.
     """
     curves = Curves.of(curve)
-    count, slo, target, spread = _rows(curves, replicas, slo_ms, late_max, dispersion)
+    count, slo, target, spread, moving = _rows(
+        curves, replicas, slo_ms, late_max, dispersion, rate_cv
+    )
     calm = unavoidable_fraction(curves, slo)
     low, width = np.zeros(count.shape), np.ones(count.shape)
     full = count * curves.rate_max_rps
@@ -449,9 +499,14 @@ def rate_max_rps(
     for _ in range(4):
         loads = low[:, None] + width[:, None] * _PARTS
         late = _late(
-            (full[:, None] * loads), count[:, None], wide, slo[:, None], spread[:, None],
+            full[:, None] * loads,
+            count[:, None],
+            wide,
+            slo[:, None],
+            spread[:, None],
             calm[:, None],
-        )  # fmt: skip
+            moving[:, None],
+        )
         is_good = late <= target[:, None]
         low = np.where(is_good, loads, low[:, None]).max(axis=1)
         width = width / len(_PARTS)
@@ -503,8 +558,7 @@ def late_fraction_mixed(
         taken_all += offered - turned_away
         offered = turned_away
         seen = np.minimum(curves.batch_max, 2 * batch - 1)
-        service = np.asarray(curves.fixed_ms + curves.item_ms * seen)
-        tail = float(_tail(curves, np.asarray(wait_ms), service, np.asarray(slo_ms)))
+        tail = float(_tail(curves, np.asarray(wait_ms), seen, np.asarray(slo_ms)))
         waited_late += float(part) * max(tail, calm)
     late = (1 - delayed) * calm_late / max(taken_all, 1e-300) + delayed * waited_late
     return float(np.clip(late, 0.0, 1.0))
@@ -545,66 +599,81 @@ def late_share_during(
     return np.asarray(np.where(rate > 0, share + (1 - share) * calm, 0.0))
 
 
-def dispersion_of(counts: ArrayLike, bins: int = 1) -> float:
+def dispersion_of(counts: ArrayLike, bins: int = 1, window: int = 32) -> float:
     """The index of dispersion of counts: variance / mean of arrivals, 1 for Poisson ones.
 
     `bins` neighbours are pooled first: choose spans like the SLO or the time a queue takes to
-    empty. The variance is that of second differences, so a ramp is no burst; 1 for fewer than
-    three pooled counts or none arrived.
+    empty. The variance is that around a straight line through each `window` of pooled counts, so a
+    ramp is no burst; 1 where there is no whole window or nothing arrived.
     """
     flat = np.asarray(counts, dtype=np.float64).ravel()
-    whole = flat[: len(flat) // bins * bins].reshape(-1, bins).sum(axis=1)
-    if len(whole) < 3 or whole.sum() <= 0:
+    whole = flat[: len(flat) // (bins * window) * bins * window].reshape(-1, window, bins).sum(-1)
+    if not len(whole) or whole.sum() <= 0:
         return 1.0
-    return float((np.diff(whole, 2) ** 2).mean() / 6 / whole.mean())
+    line = np.arange(window) - (window - 1) / 2
+    line = line / np.sqrt(line @ line)
+    left = whole - whole.mean(axis=1, keepdims=True)
+    left = left - (left @ line)[:, None] * line
+    return float((left**2).sum() / (window - 2) / len(whole) / whole.mean())
 
 
 @dataclass(frozen=True, eq=False)
 class Dispersion:
     """Memory of how bursty arrivals are, by model, at the scales of 1 and of 4 bins.
 
-    `last` [2, 2, models]: the two counts before, by scale. `pooled` [models]: what of 4 bins has
-    come, `phase` of them. `square`, `mean` [2, models]: forgetful sums of squared second
-    differences / 6, and of counts. `bin_s`: the width of a bin (0: nothing seen yet).
+    `level`, `slope` [2, models]: the line that counts are expected on (Brown's double smoothing,
+    over `WINDOW_S`). `pooled` [models]: what of 4 bins has come, `phase` of them. `square`, `mean`
+    [2, models]: forgetful sums of squared distances from the line, and of counts, of `bins_weight` bins; `bins_seen`.
+    `bin_s`: the width of a bin (0: nothing seen yet).
     """
 
-    last: Floats
+    level: Floats
+    slope: Floats
     pooled: Floats
     square: Floats
     mean: Floats
-    seen: Ints
+    bins_seen: tuple[int, int] = (0, 0)
     bin_s: float = 0.0
     phase: int = 0
+    bins_weight: float = 0.0
 
-    def index(self, span_s: ArrayLike) -> Floats:
-        """The index of dispersion over spans of `span_s`, by model; between 0.1 and 100.
+    def index(self) -> Floats:
+        """Of bursts shorter than a bin: for the `dispersion` of `late_fraction`; 0.1..100.
 
-        How it grows from 1 to 4 bins tells bursts that come as one (flat) from a rate that moves
-        (in proportion to the span); the same power carries it to other spans. With little seen it
-        stays near 1, as 20 arrivals of a Poisson stream would make it.
+        Near 1 until more than some 20 requests have been seen.
         """
+        near, far = self._excess
+        return np.clip(1 + near - np.clip((far - near) / 3, 0.0, np.maximum(near, 0.0)), 0.1, 100.0)
+
+    def rate_cv(self) -> Floats:
+        """Of moves of the rate that last longer than a bin: for the `rate_cv` of `late_fraction`;
+        0..2. Slower moves than `WINDOW_S` are left to the forecast.
+
+        A burst that comes at once adds the same to the index of dispersion at all scales; a
+        moving rate adds cv² · λ · span. So two scales tell one from the other.
+        """
+        near, far = self._excess
+        moved = np.clip((far - near) / 3, 0.0, np.maximum(near, 0.0))
+        count = self.mean[0] / np.maximum(self.bins_weight, 1e-9)
+        return np.minimum(np.sqrt(moved / np.maximum(count, 1e-9)) * (count > 0), 2.0)
+
+    @property
+    def _excess(self) -> tuple[Floats, Floats]:
         near, far = (self.square + _PRIOR) / (self.mean + _PRIOR) - 1
-        if self.bin_s <= 0:
-            return np.asarray(near + 1)
-        grown = np.maximum(far, 1e-6) / np.maximum(near, 1e-6)
-        power = np.where(near > 0, np.clip(np.log(grown) / np.log(4.0), 0.0, 1.0), 0.0)
-        factor = np.clip(np.asarray(span_s, dtype=np.float64) / self.bin_s, 1e-6, 4.0) ** power
-        return np.asarray(np.clip(1 + near * factor, 0.1, 100.0))
+        return near, far
 
 
+WINDOW_S = 120.0
+"""What moves more slowly than this is demand, and the forecast's; what is faster is burstiness."""
 _PRIOR = 20.0
 _FOUR = 4
+_WARM = 8
 
 
 def dispersion_memory(models: int) -> Dispersion:
     """A memory of nothing."""
-    return Dispersion(
-        np.zeros((2, 2, models)),
-        np.zeros(models),
-        np.zeros((2, models)),
-        np.zeros((2, models)),
-        np.zeros((2, models), dtype=np.int64),
-    )
+    level, slope, square, mean = np.zeros((4, 2, models))
+    return Dispersion(level, slope, np.zeros(models), square, mean)
 
 
 def observe_dispersion(
@@ -614,29 +683,45 @@ def observe_dispersion(
     rows = np.atleast_2d(np.asarray(counts, dtype=np.float64))
     if memory.bin_s not in (0.0, bin_s):
         memory = dispersion_memory(rows.shape[0])
-    last, square, mean, seen = (
-        memory.last.copy(), memory.square.copy(), memory.mean.copy(), memory.seen.copy(),
-    )  # fmt: skip
-    pooled, phase = memory.pooled, memory.phase
+    level, slope, square, mean = (
+        array.copy() for array in (memory.level, memory.slope, memory.square, memory.mean)
+    )
+    pooled, phase, weight = memory.pooled, memory.phase, memory.bins_weight
+    near, far = memory.bins_seen
     keep = 0.5 ** (bin_s / half_life_s)
     for count in rows.T:
-        _fold(0, count, keep, last, square, mean, seen)
-        pooled, phase = pooled + count, phase + 1
+        _fold(0, near, bin_s, keep, count, level, slope, square, mean)
+        weight = weight * keep + (near >= _WARM)
+        pooled, phase, near = pooled + count, phase + 1, near + 1
         if phase == _FOUR:
-            _fold(1, pooled, keep**_FOUR, last, square, mean, seen)
-            pooled, phase = np.zeros_like(pooled), 0
-    return Dispersion(last, pooled, square, mean, seen, bin_s, phase)
+            _fold(1, far, bin_s * _FOUR, keep**_FOUR, pooled, level, slope, square, mean)
+            pooled, phase, far = np.zeros_like(pooled), 0, far + 1
+    return Dispersion(level, slope, pooled, square, mean, (near, far), bin_s, phase, weight)
 
 
 def _fold(
-    scale: int, count: Floats, keep: float, last: Floats, square: Floats, mean: Floats, seen: Ints
+    scale: int,
+    seen: int,
+    bin_s: float,
+    keep: float,
+    count: Floats,
+    level: Floats,
+    slope: Floats,
+    square: Floats,
+    mean: Floats,
 ) -> None:
-    bend = count - 2 * last[scale, 1] + last[scale, 0]
-    is_full = seen[scale] >= 2
-    square[scale] = square[scale] * keep + np.where(is_full, bend**2 / 6, 0.0)
-    mean[scale] = mean[scale] * keep + np.where(is_full, count, 0.0)
-    last[scale, 0], last[scale, 1] = last[scale, 1], count
-    seen[scale] += 1
+    """One count. The distance from the line is larger than from the true mean by what the line
+    itself errs: by α (1 + 4β + 5β²) / (1 + β)³ of the variance, with β = 1 − α (Brown 1963).
+    """
+    part = max(min(bin_s / WINDOW_S, 0.5), 1 / (seen + 1))
+    rest = 1 - part
+    missed = count - (level[scale] + slope[scale])
+    if seen >= _WARM:
+        own = part * (1 + 4 * rest + 5 * rest**2) / (1 + rest) ** 3
+        square[scale] = square[scale] * keep + missed**2 / (1 + own)
+        mean[scale] = mean[scale] * keep + count
+    level[scale] += slope[scale] + (1 - rest**2) * missed
+    slope[scale] += part**2 * missed if seen > 1 else 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -336,4 +336,7 @@ def _whole(number: int, values: Json, before: Json | None) -> Json:
         case {"changes": _}:
             raise JournalError(f"line {number}: tells changes, but no line above has a snapshot")
         case _:
-            raise JournalError(f"line {number}: holds neither 'snapshot' nor 'changes'")
+            what = "holds neither 'snapshot' nor 'changes'"
+            raise JournalError(
+                f"line {number}: {what}; shoal's own decisions are written with them"
+            )

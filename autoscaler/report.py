@@ -82,40 +82,46 @@ def _mid_h(duration_s: float) -> Floats:
 def cost_figure(rows: Sequence[dict[str, Any]], attainment: float) -> Figure:
     """Cost against the share of late requests; the bound is a line, the target another."""
     figure, axes = _figure(8.2, 4.2)
-    late = [max(1 - row["slo_attainment"], LATE_LEAST) for row in rows]
+    late = [_late_share(row["slo_attainment"]) for row in rows]
     for row, x, marker in zip(rows, late, cycle("osD^vPX*<>"), strict=False):
         color = SHOAL if row["policy"] == "shoal" else FAINT
         axes.plot(
             x, row["cost_usd"], marker, color=color, markersize=8, label=row["policy"],
             markeredgecolor="white", zorder=3,
         )  # fmt: skip
-    if rows and rows[0].get("bound_target_usd") is not None:
-        least = sorted(
-            {
-                (max(1 - min(attainment, row["slo_attainment"]), LATE_LEAST), row["bound_usd"])
-                for row in rows
-            }
-        )
-        least = sorted({*least, (max(1 - attainment, LATE_LEAST), rows[0]["bound_target_usd"])})
-        ends = [(LATE_LEAST, least[0][1]), *least]
-        axes.plot(*zip(*ends, strict=True), color=INK, linewidth=1.2, label="certified bound")
-        axes.plot(*zip(*least, strict=True), ".", color=INK, markersize=6)
+    target = _late_share(attainment)
+    if points := _bound_points(rows, attainment):
+        line = [(LATE_LEAST, points[0][1]), *points]
+        axes.plot(*zip(*line, strict=True), color=INK, linewidth=1.2, label="certified bound")
+        axes.plot(*zip(*points, strict=True), ".", color=INK, markersize=6)
     axes.axvline(
-        max(1 - attainment, LATE_LEAST),
-        color=BAD,
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        label=f"target {attainment:.4g}",
+        target, color=BAD, linewidth=1, linestyle=(0, (4, 3)), label=f"target {attainment:.4g}"
     )
     axes.set_xscale("log")
-    axes.set_xlim(
-        min([*late, 1 - attainment + LATE_LEAST]) / 2, max([*late, 1 - attainment]) * 4 + LATE_LEAST
-    )
+    axes.set_xlim(min([*late, target]) / 2, min(max([*late, target]) * 4, 1.5))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("share of requests late or failed (left edge: that or fewer)")
     axes.set_ylabel("cost, USD")
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
+
+
+def _late_share(attainment: float) -> float:
+    return max(1 - attainment, LATE_LEAST)
+
+
+def _bound_points(rows: Sequence[dict[str, Any]], attainment: float) -> list[tuple[float, float]]:
+    """(share late, bound) wherever the summary tells a bound, from punctual to late."""
+    points = {
+        (_late_share(at), usd)
+        for row in rows
+        for at, usd in (
+            (min(attainment, row["slo_attainment"]), row.get("bound_usd")),
+            (attainment, row.get("bound_target_usd")),
+        )
+        if usd is not None
+    }
+    return sorted(points)
 
 
 def fleet_figure(world: World, outcome: Outcome) -> Figure:

@@ -71,8 +71,9 @@ class Curves:
 
     `edges` [S, cells + 1] of the service time as a multiple of its mean; `bends` [S, cells + 1]:
     how much the density drops at each edge. `evens`: 1/2 where the shape is of one request, and so
-    narrows by √b in a batch of b; 0 where batches themselves were measured. `spare_log` [S, loads + 1]: log((1 − r) / (1 − u)) at
-    evenly spaced loads u in 0..1; None where no curve batches.
+    narrows by √b in a batch of b; 0 where batches themselves were measured. `spare_log`
+    [S, loads + 1]: log((1 − r) / (1 − u)) at evenly spaced loads u in 0..1; None where no curve
+    batches.
     """
 
     fixed_ms: Floats
@@ -622,20 +623,21 @@ class Dispersion:
     """Memory of how bursty arrivals are, by model, at the scales of 1 and of 4 bins.
 
     `level`, `slope` [2, models]: the line that counts are expected on (Brown's double smoothing,
-    over `WINDOW_S`). `pooled` [models]: what of 4 bins has come, `phase` of them. `square`, `mean`
-    [2, models]: forgetful sums of squared distances from the line, and of counts, of `bins_weight` bins; `bins_seen`.
-    `bin_s`: the width of a bin (0: nothing seen yet).
+    over `WINDOW_S`), after `seen` counts. `square`, `mean` [2, models]: forgetful sums of squared
+    distances from the line, and of counts; `weight` [models]: over how many bins. `pooled`
+    [models]: what of 4 bins has come, `phase` of them. `bin_s`: the width of a bin (0: nothing
+    seen yet). The last axis of all arrays is the models; zeros are a model not seen before.
     """
 
     level: Floats
     slope: Floats
-    pooled: Floats
+    seen: Floats
     square: Floats
     mean: Floats
-    bins_seen: tuple[int, int] = (0, 0)
+    weight: Floats
+    pooled: Floats
     bin_s: float = 0.0
     phase: int = 0
-    bins_weight: float = 0.0
 
     def index(self) -> Floats:
         """Of bursts shorter than a bin: for the `dispersion` of `late_fraction`; 0.1..100.
@@ -643,7 +645,8 @@ class Dispersion:
         Near 1 until more than some 20 requests have been seen.
         """
         near, far = self._excess
-        return np.clip(1 + near - np.clip((far - near) / 3, 0.0, np.maximum(near, 0.0)), 0.1, 100.0)
+        moved = np.clip((far - near) / 3, 0.0, np.maximum(near, 0.0))
+        return np.asarray(np.clip(1 + near - moved, 0.1, 100.0))
 
     def rate_cv(self) -> Floats:
         """Of moves of the rate that last longer than a bin: for the `rate_cv` of `late_fraction`;
@@ -654,8 +657,8 @@ class Dispersion:
         """
         near, far = self._excess
         moved = np.clip((far - near) / 3, 0.0, np.maximum(near, 0.0))
-        count = self.mean[0] / np.maximum(self.bins_weight, 1e-9)
-        return np.minimum(np.sqrt(moved / np.maximum(count, 1e-9)) * (count > 0), 2.0)
+        count = self.mean[0] / np.maximum(self.weight, 1e-9)
+        return np.asarray(np.minimum(np.sqrt(moved / np.maximum(count, 1e-9)), 2.0))
 
     @property
     def _excess(self) -> tuple[Floats, Floats]:
@@ -672,8 +675,8 @@ _WARM = 8
 
 def dispersion_memory(models: int) -> Dispersion:
     """A memory of nothing."""
-    level, slope, square, mean = np.zeros((4, 2, models))
-    return Dispersion(level, slope, np.zeros(models), square, mean)
+    level, slope, seen, square, mean = np.zeros((5, 2, models))
+    return Dispersion(level, slope, seen, square, mean, np.zeros(models), np.zeros(models))
 
 
 def observe_dispersion(
@@ -681,47 +684,49 @@ def observe_dispersion(
 ) -> Dispersion:
     """Folds arrivals [models, bins] in; another `bin_s` than before starts anew."""
     rows = np.atleast_2d(np.asarray(counts, dtype=np.float64))
-    if memory.bin_s not in (0.0, bin_s):
-        memory = dispersion_memory(rows.shape[0])
-    level, slope, square, mean = (
-        array.copy() for array in (memory.level, memory.slope, memory.square, memory.mean)
-    )
-    pooled, phase, weight = memory.pooled, memory.phase, memory.bins_weight
-    near, far = memory.bins_seen
+    if memory.bin_s != bin_s:
+        memory = replace(dispersion_memory(rows.shape[0]), bin_s=bin_s)
     keep = 0.5 ** (bin_s / half_life_s)
     for count in rows.T:
-        _fold(0, near, bin_s, keep, count, level, slope, square, mean)
-        weight = weight * keep + (near >= _WARM)
-        pooled, phase, near = pooled + count, phase + 1, near + 1
-        if phase == _FOUR:
-            _fold(1, far, bin_s * _FOUR, keep**_FOUR, pooled, level, slope, square, mean)
-            pooled, phase, far = np.zeros_like(pooled), 0, far + 1
-    return Dispersion(level, slope, pooled, square, mean, (near, far), bin_s, phase, weight)
+        is_warm = memory.seen[0] >= _WARM
+        memory = replace(
+            _folded(memory, 0, count, keep),
+            weight=memory.weight * keep + is_warm,
+            pooled=memory.pooled + count,
+            phase=memory.phase + 1,
+        )
+        if memory.phase == _FOUR:
+            memory = replace(
+                _folded(memory, 1, memory.pooled, keep**_FOUR),
+                pooled=np.zeros_like(memory.pooled),
+                phase=0,
+            )
+    return memory
 
 
-def _fold(
-    scale: int,
-    seen: int,
-    bin_s: float,
-    keep: float,
-    count: Floats,
-    level: Floats,
-    slope: Floats,
-    square: Floats,
-    mean: Floats,
-) -> None:
-    """One count. The distance from the line is larger than from the true mean by what the line
-    itself errs: by α (1 + 4β + 5β²) / (1 + β)³ of the variance, with β = 1 − α (Brown 1963).
+def _folded(memory: Dispersion, scale: int, count: Floats, keep: float) -> Dispersion:
+    """With one count more. Its distance from the line is larger than from the true mean by what
+    the line itself errs: by α (1 + 4β + 5β²) / (1 + β)³ of the variance, β = 1 − α (Brown 1963).
     """
-    part = max(min(bin_s / WINDOW_S, 0.5), 1 / (seen + 1))
+    level, slope, seen, square, mean = (
+        memory.level.copy(),
+        memory.slope.copy(),
+        memory.seen.copy(),
+        memory.square.copy(),
+        memory.mean.copy(),
+    )
+    span_s = memory.bin_s * (_FOUR if scale else 1)
+    part = np.maximum(min(span_s / WINDOW_S, 0.5), 1 / (seen[scale] + 1))
     rest = 1 - part
     missed = count - (level[scale] + slope[scale])
-    if seen >= _WARM:
-        own = part * (1 + 4 * rest + 5 * rest**2) / (1 + rest) ** 3
-        square[scale] = square[scale] * keep + missed**2 / (1 + own)
-        mean[scale] = mean[scale] * keep + count
+    own = part * (1 + 4 * rest + 5 * rest**2) / (1 + rest) ** 3
+    is_warm = seen[scale] >= _WARM
+    square[scale] = square[scale] * keep + is_warm * missed**2 / (1 + own)
+    mean[scale] = mean[scale] * keep + is_warm * count
     level[scale] += slope[scale] + (1 - rest**2) * missed
-    slope[scale] += part**2 * missed if seen > 1 else 0.0
+    slope[scale] += part**2 * missed * (seen[scale] > 1)
+    seen[scale] += 1
+    return replace(memory, level=level, slope=slope, seen=seen, square=square, mean=mean)
 
 
 @dataclass(frozen=True, eq=False)

@@ -283,8 +283,9 @@ def _headline(rows: Sequence[dict[str, Any]], attainment: float) -> str:
         return f"No policy kept {attainment:.4g} of the requests on time"
     best = min(met, key=lambda row: float(row["cost_usd"]))
     ratio = f", {best['ratio']:.2f} times the bound" if best["ratio"] else ""
-    only = "is the only one that keeps" if len(met) == 1 and len(rows) > 1 else "is cheapest with"
-    return f"{best['policy']} {only} the SLO: {best['cost_usd']:.2f} USD{ratio}"
+    is_alone = len(met) == 1 and len(rows) > 1
+    how = "alone keeps the SLO" if is_alone else "keeps the SLO at the least cost"
+    return f"{best['policy']} {how}: {best['cost_usd']:.2f} USD{ratio}"
 
 
 def _subtitle(world: World, settings: dict[str, Any]) -> str:

@@ -157,7 +157,7 @@ def test_the_page_stands_alone_and_is_well_formed(world: World) -> None:
 def test_the_page_says_who_won_and_escapes_what_it_is_given(world: World) -> None:
     rows = [a_row("shoal", 2.0), a_row("other", 9.0), a_row("<b>", 1.0, 0.5)]
     text = page(world, {"zones": ["<script>"], "none": None}, rows, [("x", PNG)])
-    assert "shoal is cheapest with the SLO: 2.00 USD" in Page(text).text
+    assert "shoal keeps the SLO at the least cost: 2.00 USD" in Page(text).text
     assert "<script>" not in text
     assert "<b>" not in text
 
@@ -166,7 +166,7 @@ def test_the_page_says_who_won_and_escapes_what_it_is_given(world: World) -> Non
     ("rows", "words"),
     [
         ([a_row("shoal", attainment=0.5)], "No policy kept 0.99"),
-        ([a_row("shoal"), a_row("b", attainment=0.5)], "shoal is the only one that keeps the SLO"),
+        ([a_row("shoal"), a_row("b", attainment=0.5)], "shoal alone keeps the SLO"),
     ],
 )
 def test_the_headline_is_honest(world: World, rows: list[dict[str, Any]], words: str) -> None:

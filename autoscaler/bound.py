@@ -55,7 +55,7 @@ STEPS_USUAL = 4320  # a day of 20 s, 15 days of 5 minutes
 STEPS_S = (10.0, 12.0, 15.0, 20.0, 30.0, 60.0, 120.0, 150.0, 200.0, 300.0, 600.0, 900.0, 1800.0)
 """Traces are by the minute or by ten: steps that cut a minute elsewhere see its peaks halved."""
 
-WINDOW_STEPS, WINDOW_LEAST_S = 360, 6 * 3600.0
+WINDOW_STEPS, WINDOW_LEAST_S = 720, 24 * 3600.0
 """The solver's time grows faster than a window; each window gives away a fleet's cold starts."""
 
 SOLVE_MOST_S = 60.0
@@ -74,6 +74,10 @@ FRACTION_LEAST = 0.05
 
 TIE_S = 1e-8
 ROUNDING = 1e-11
+"""What is taken off each certified value, as a share of its terms."""
+
+SUMS = 1e-9
+"""What is taken off the bound for rounding in sums over millions of requests, as a share."""
 
 
 # --- answers
@@ -119,9 +123,9 @@ class Bound:
         return max((1.0 - attainment) * self.requests - self.impossible, 0.0)
 
     def _values(self, attainment: float) -> list[float]:
-        budget = self.budget(attainment) * (1 + ROUNDING)
+        budget = self.budget(attainment) * (1 + SUMS)
         return [
-            value - price * budget
+            (1 - SUMS) * value - price * budget
             for price, value in zip(self.lambdas_usd, self.certified_usd, strict=True)
         ]
 
@@ -150,10 +154,10 @@ def bound(
 ) -> Bound:
     """The bound on cost in `world`, tight at `attainments` and true at every other.
 
-    `step_s`: about how long a step is (default: a third of a cold start, 10 to 60 s, and longer
-    where that made more than 4,032 steps).
-    `window_s`: about how long a window is (default: 360 steps or 6 h, whichever is longer). Shorter steps and longer windows
-    give higher bounds, and take longer.
+    `step_s`: about how long a step is (default: a sixth of a cold start, 10 to 60 s, and longer
+    where that made more than 4,320 steps).
+    `window_s`: about how long a window is (default: 720 steps, or a day if that is longer).
+    Shorter steps and longer windows most often give higher bounds, and take longer.
 
     Raises:
         ValueError: a step or a window that isn't positive, an attainment outside 0..1.
@@ -215,9 +219,9 @@ def _check(attainments: Sequence[float], step_s: float | None, window_s: float |
 
 
 def _usual_step_s(world: World) -> float:
-    """A third of the shortest cold start, so that coming and going within a step gains nothing."""
+    """A sixth of the shortest cold start, so that coming and going within a step gains nothing."""
     colds = [_cold_least_s(world, m.type.name) for m in world.profile.machines]
-    fine_s = min(max(min(colds) / 3, STEP_LEAST_S), STEP_MOST_S)
+    fine_s = min(max(min(colds) / 6, STEP_LEAST_S), STEP_MOST_S)
     least_s = max(fine_s, world.duration_s / STEPS_USUAL)
     return next((step_s for step_s in STEPS_S if step_s >= least_s), least_s)
 

@@ -16,7 +16,8 @@ over, serve a request before it came, or leave more of them late than the object
 
 - Ready nodes now were alive a whole cold start ago, so capacity counts from its least since then.
 - A node that stays is paid for; one that leaves and comes back pays its cold start again.
-- Where the SLO is shorter than a step, the nodes of the step must bear its steepest bursts.
+- Where the SLO is shorter than a step, the nodes of the step must bear its steepest bursts, and
+  those nodes are whole: the rows say so by mixed-integer rounding.
 - Machines differ: any prices σ give each request the value min over machines of σ · seconds there,
   and a worker of machine m then makes at most σ_m of value a second. Exact where machines differ
   by a factor only; otherwise the best of a few σ is taken (each is a bound).
@@ -29,8 +30,8 @@ What is reported is never the solver's primal cost. Its row prices y ≤ 0, what
 give b·y + Σ min over the bounds of (c − Aᵀy)·x ≤ optimum, since each variable has two finite
 bounds (weak duality); that sum is computed here, less an allowance for rounding.
 
-Not here: billing by whole increments, failed launches, integer nodes (`integer_plan` has those),
-queueing at random times. All of them can only cost more.
+Not here, since all of it can only cost more: billing by whole increments, failed launches, nodes
+that are whole everywhere (`integer_plan` has those), requests in one piece, queueing.
 """
 
 from __future__ import annotations

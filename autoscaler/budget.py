@@ -27,13 +27,13 @@ Floats = NDArray[np.float64]
 class BudgetSettings:
     """`margin`: the part of the budget that is never planned to be spent. `horizon_s`: over which
     savings are spent. `window_s`: after which what happened counts 1/e. The allowed share stays
-    within `late_min` and `late_max`.
+    within `planned_fraction_min` of the planned one and `late_max`.
     """
 
     margin: float = 0.15
     horizon_s: float = 6 * 3600.0
     window_s: float = 7 * 86400.0
-    late_min: float = 0.001
+    planned_fraction_min: float = 0.4
     late_max: float = 0.1
 
 
@@ -66,7 +66,9 @@ def late_allowed(
     planned = (1 - attainment) * (1 - settings.margin)
     saved = planned * budget.seen - budget.late
     coming = np.maximum(rate_rps * settings.horizon_s, 1.0)
-    allowed: Floats = np.clip(planned + saved / coming, settings.late_min, settings.late_max)
+    allowed: Floats = np.clip(
+        planned + saved / coming, settings.planned_fraction_min * planned, settings.late_max
+    )
     return allowed
 
 

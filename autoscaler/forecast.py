@@ -60,7 +60,7 @@ class ForecastSettings:
     last_s: float = 60.0
     slow_s: float = 240.0
     scale_prior: float = 0.06
-    memory_steps: float = 120.0
+    memory_steps: float = 60.0
     conformal_rate: float = 0.05
     coverage_min: float = 0.8
     floor_margin: float = 1.1

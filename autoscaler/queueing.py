@@ -56,6 +56,7 @@ _SIGMA_MIN = 1e-3
 _MIDDLES_MS: Floats = np.sqrt(np.asarray(SERVICE_EDGES_MS[1:]) * np.asarray(SERVICE_EDGES_MS[:-1]))
 _EDGES_MS: Floats = np.asarray(SERVICE_EDGES_MS)
 _LOADS = 64
+_MODELS_AT_ONCE = 32  # what is worked out for so many stays in the processor's cache
 _STRETCHES: Floats = np.array([-np.inf, 0.0, 0.75, 1.5, 2.25, 3.0, np.inf])
 _STRETCH_SHARE: Floats = np.diff(special.ndtr(_STRETCHES))
 _STRETCH_SIGMAS: Floats = -np.diff(np.exp(-(_STRETCHES**2) / 2)) / np.sqrt(2 * np.pi)
@@ -117,6 +118,22 @@ class Curves:
         """The same with all times multiplied by `factor` (for instance `Residual.service`)."""
         by = np.asarray(factor, dtype=np.float64)
         return replace(self, fixed_ms=self.fixed_ms * by, item_ms=self.item_ms * by)
+
+    def _part(self, rows: slice) -> Curves:
+        """Those of some models; all of them where one curve serves for all."""
+        if self.fixed_ms.size == 1:
+            return self
+        return Curves(
+            self.fixed_ms[rows],
+            self.item_ms[rows],
+            self.workers[rows],
+            self.batch_max[rows],
+            self.cv2[rows],
+            self.edges[rows],
+            self.bends[rows],
+            self.evens[rows],
+            None if self.spare_log is None else self.spare_log[rows],
+        )
 
     def _with_axis(self) -> Curves:
         """The same, to broadcast against [models, candidates]."""
@@ -310,8 +327,9 @@ def _late(
 def _late_steady(
     rate: Floats, replicas: Floats, curves: Curves, slo_ms: Floats, dispersion: Floats, calm: Floats
 ) -> Floats:
-    workers = replicas * curves.workers
-    load = rate / np.maximum(replicas * curves.rate_max_rps, 1e-300)
+    some = np.maximum(replicas, 1e-9)
+    workers = some * curves.workers
+    load = rate / (some * curves.rate_max_rps)
     spare, batch, power = _queue_met(curves, np.minimum(load, 1.0))
     peak = np.maximum(1 + (dispersion - 1) / (1 + curves.cv2), 0.05)
     erlangs = rate * (curves.alone_ms / 1e3)
@@ -348,7 +366,7 @@ def _wait_ms(
     """
     spread = dispersion + curves.cv2
     ahead = power / np.maximum(1 - power, 1e-12)
-    turn_ms = (curves.fixed_ms + curves.item_ms * batch) / np.maximum(workers, 1e-300)
+    turn_ms = (curves.fixed_ms + curves.item_ms * batch) / workers
     return np.asarray(turn_ms * (spread * (0.5 + ahead / (1 + batch))))
 
 
@@ -360,9 +378,10 @@ def _tail(curves: Curves, wait_ms: Floats, batch: Floats, slo_ms: Floats) -> Flo
     room = np.asarray(slo_ms / service_ms)[..., None]
     if curves.spare_log is None:
         room = room - curves.edges
-        narrow = np.ones(())
+        narrow = np.ones_like(service_ms)
     else:
-        narrow = np.asarray(batch**curves.evens)
+        # No narrower than leaves the longest times as long as alone: more load is never better.
+        narrow = np.minimum(batch**curves.evens, service_ms / curves.alone_ms)
         room = (room - 1) - (curves.edges - 1) / narrow[..., None]
     risen = np.expm1(-pace * np.maximum(room, 0.0)) / pace + np.maximum(-room, 0.0)
     return np.asarray((curves.bends * risen).sum(axis=-1) * narrow)
@@ -406,7 +425,11 @@ def replicas_needed(
     slack = EXCESS_FRACTION * target / excess
     is_attainable = calm + slack <= target / excess
     aim = np.maximum(target / excess, calm + slack)
-    replicas, late = _Search(rate, curves, slo, spread, calm, moving, aim).fewest()
+    replicas, late = np.empty((2, len(rate)))
+    for begin in range(0, len(rate), _MODELS_AT_ONCE):
+        rows = slice(begin, begin + _MODELS_AT_ONCE)
+        columns = (column[rows] for column in (rate, slo, spread, calm, moving, aim))
+        replicas[rows], late[rows] = _Search(curves._part(rows), *columns).fewest()
     if (queued > 0).any():
         flow = (rate + queued / np.maximum(within, 1e-9)) / curves.rate_max_rps
         replicas = np.maximum(replicas, np.where(queued > 0, np.ceil(flow), 0.0))
@@ -429,8 +452,8 @@ class _Search:
     A dozen candidates in one evaluation cost one model hardly more than one candidate.
     """
 
-    rate: Floats
     curves: Curves
+    rate: Floats
     slo: Floats
     dispersion: Floats
     calm: Floats

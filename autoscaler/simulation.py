@@ -57,7 +57,7 @@ __all__ = ["MODEL", "Entry", "Rental", "Run", "simulate", "summary"]
 MODEL = "model"
 """The name of the one model of a simulation."""
 
-REPEATED_S = 300.0  # how much of the traffic the prelude repeats
+REPEATED_S = 300.0  # how much of the traffic the prelude repeats, back and forth
 BIN_S = 5.0  # about: bins of arrivals fill the time between two decisions
 WAKES_APART_S = 1.0
 HALF_LIFE_S = 3600.0  # of measured service times
@@ -602,14 +602,21 @@ def _a_queue(world: World, machines: _Machines) -> tuple[kernel.Queue, int]:
 
 
 def _prelude(requests: Requests, prelude_s: float) -> tuple[Ints, Floats]:
-    """Which requests arrive when before 0: those of the first minutes, again and again."""
+    """Which requests arrive when before 0: those of the first minutes, mirrored again and again, so
+    that the rate makes no jump.
+    """
     window_s = min(REPEATED_S, requests.duration_s)
     if prelude_s <= 0 or window_s <= 0:
         return np.empty(0, np.int64), np.empty(0)
     count = int(np.searchsorted(requests.arrival_s, window_s))
-    times = math.ceil(prelude_s / window_s)
-    which = np.tile(np.arange(count), times)
-    shift_s = np.repeat(window_s * np.arange(times, 0, -1), count)
-    arrival_s = requests.arrival_s[which] - shift_s
-    kept = (arrival_s >= -prelude_s) & (arrival_s < 0)  # a sum may be rounded up to 0
-    return which[kept], arrival_s[kept]
+    first, there = np.arange(count), requests.arrival_s[:count]
+    which: list[Ints] = []
+    arrival_s: list[Floats] = []
+    for turn in range(math.ceil(prelude_s / window_s), 0, -1):
+        is_back = turn % 2 == 1  # the last turn before 0 runs backwards
+        which.append(first[::-1] if is_back else first)
+        within_s = (window_s - there)[::-1] if is_back else there
+        arrival_s.append(within_s - turn * window_s)
+    times_s = np.concatenate(arrival_s)
+    kept = (times_s >= -prelude_s) & (times_s < 0)  # a sum may be rounded up to 0
+    return np.concatenate(which)[kept], times_s[kept]

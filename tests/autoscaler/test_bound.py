@@ -202,8 +202,8 @@ def test_work_may_wait_for_cheaper_nodes_as_long_as_the_slo() -> None:
 
 def test_nodes_that_come_and_go_within_a_step_may_bear_its_burst() -> None:
     machine = a_machine(fixed_ms=1000.0, price_usd_h=1000.0, boot_s=5.0, load_s=0.0)
-    capacity = [(0.0, 0), (61.0, 1), (70.0, 4), (85.0, 0)]  # an edge can't be at all of them
-    burst = requests_when(np.repeat(np.arange(76.0, 84.0), 4), 600.0)
+    capacity = [(0.0, 0), (181.0, 1), (190.0, 4), (205.0, 0)]  # an edge can't be at all of them
+    burst = requests_when(np.repeat(np.arange(196.0, 204.0), 4), 600.0)
     world = a_world_of(machine, market=a_market(a=capacity), requests=burst, slo_s=1.0)
     assert 31 / HOUR_S <= usd(world, step_s=60.0) <= 4 * 15 / HOUR_S  # 1 USD/h
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -499,20 +498,3 @@ def test_reclaims_of_real_markets_come_about_as_often_as_foretold(name: str, day
     assert brier < np.mean((constant - seen.shock) ** 2)
     hoped, came = seen.launch_probability.sum(), seen.launch.sum()
     assert 0.6 < came / hoped < 1.7
-
-
-# ── speed ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(("size", "limit_s"), [(40, 0.0003), (1000, 0.020)])
-def test_an_interval_is_observed_quickly(size: int, limit_s: float) -> None:
-    story = Story(spot_groups(*[f"r{i // 3}-1{'abc'[i % 3]}" for i in range(size)]))
-    nodes = held_nodes(dict.fromkeys(story.groups, 3))
-    memory = observe(story.memory, story.groups, nodes, (), 0.0, SETTINGS)
-    best_s = math.inf
-    for k in range(1, 40):
-        events = [Event(NOTICED, list(story.groups)[k], 15.0 * k - 5)]
-        begin = time.perf_counter()
-        memory = observe(memory, story.groups, nodes, events, 15.0 * k, SETTINGS)
-        best_s = min(best_s, time.perf_counter() - begin)
-    assert best_s < limit_s

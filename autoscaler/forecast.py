@@ -2,7 +2,7 @@
 
     arrivals ─► rate now (three speeds) ─► members ─► quantiles each ─► weighted ─► calibrated
                                            last, fast, slow, Holt,      by recent   conformal
-                                           day ago, week ago,           pinball
+                                           day ago, week ago, usual,    pinball
                                            quantile regression          loss
 
 Rates are handled as logarithms: demand doubles and halves. Each member forecasts the rate some
@@ -36,9 +36,12 @@ Floats = NDArray[np.float64]
 STEPS_AHEAD = (1, 2, 3, 5, 8, 13)
 """The horizons that are learned, in steps."""
 
-MEMBERS = ("last", "fast", "slow", "trend", "day", "week", "regression")
-LAST, FAST, SLOW, TREND, DAY, WEEK, REGRESSION = range(len(MEMBERS))
+MEMBERS = ("last", "fast", "slow", "trend", "day", "week", "regression", "usual")
+LAST, FAST, SLOW, TREND, DAY, WEEK, REGRESSION, USUAL = range(len(MEMBERS))
 
+SEASONAL: NDArray[np.bool_] = np.isin(np.arange(len(MEMBERS)), (DAY, WEEK))
+# How strongly shares follow losses: within a family, and between families over a day and lately.
+EAGER, EAGER_DAY, EAGER_NOW = 16.0, 8.0, 2.0
 FEATURES = 5
 RECENT = 10
 COARSE_STEPS = 10
@@ -49,9 +52,10 @@ _PENDING = STEPS_AHEAD[-1] + 1
 @dataclass(frozen=True, slots=True)
 class ForecastSettings:
     """`levels`: the quantiles that are forecast, rising. `step_s`: what is forecast is the mean
-    rate of such a step. `fast_s`, `last_s`, `slow_s`: time constants of the smoothed rates.
-    `scale_prior`: the standard deviation of the log rate ahead before anything was seen.
-    `coverage_min`: less than this part of the stated 95 % is a lost coverage.
+    rate of such a step. `fast_s`, `last_s`, `slow_s`: time constants of the smoothed rates;
+    `usual_steps`: over how many steps the usual level is taken. `scale_prior`: the standard
+    deviation of the log rate ahead before anything was seen. `coverage_min`: less than this part of
+    the stated 95 % is a lost coverage.
     """
 
     levels: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.975, 0.99, 0.995)
@@ -61,6 +65,7 @@ class ForecastSettings:
     slow_s: float = 240.0
     scale_prior: float = 0.06
     memory_steps: float = 60.0
+    usual_steps: float = 360.0
     conformal_rate: float = 0.05
     coverage_min: float = 0.8
     floor_margin: float = 1.1
@@ -71,10 +76,12 @@ class ForecastSettings:
 class ForecastMemory:
     """What is remembered; M models, H horizons, K members, L levels, F features, P pending steps.
 
-    `smooth` [M, 3]: smoothed rates, and `smooth_weight` [3], what of each is real. `holt` [M, 2]:
-    level and slope of the log rate. `recent` [M, RECENT]: log rates of the last steps. `coarse`
-    [M, C]: log rates of the last days in ten-step means, NaN where unknown, slot `coarse_at` next.
-    `pending_*`: forecasts that wait for their step. `shape`, `scale`: the members' residuals.
+    `smooth` [M, 3]: smoothed rates; `smooth_weight` [M, 3]: what of each is real. `holt` [M, 2]:
+    level and slope of the log rate; `usual` [M]: its mean over hours. `recent` [M, RECENT]: log
+    rates of the last steps. `coarse` [M, C]: log rates of the last days in ten-step means, NaN
+    where unknown, slot `coarse_at` next. `pending_*`: forecasts that wait for their step. `shape`,
+    `scale`: the members' residuals; `loss`, `loss_daily`: their pinball losses, lately and over a
+    day.
     """
 
     settings: ForecastSettings
@@ -85,6 +92,7 @@ class ForecastMemory:
     smooth: Floats
     smooth_weight: Floats
     holt: Floats
+    usual: Floats
     recent: Floats
     coarse: Floats
     coarse_at: int
@@ -96,13 +104,11 @@ class ForecastMemory:
     shape: Floats
     scale: Floats
     loss: Floats
+    loss_daily: Floats
     beta: Floats
     correction: Floats
     hits: Floats
-    hits_weight: float
-
-
-_NOT_BY_MODEL = ("smooth_weight",)
+    hits_weight: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +140,9 @@ def fresh(models: int, settings: ForecastSettings) -> ForecastMemory:
         part_s=0.0,
         part=np.zeros(models),
         smooth=np.zeros((models, 3)),
-        smooth_weight=np.zeros(3),
+        smooth_weight=np.zeros((models, 3)),
         holt=np.zeros((models, 2)),
+        usual=np.full(models, np.nan),
         recent=np.full((models, RECENT), np.nan),
         coarse=np.full((models, slots), np.nan),
         coarse_at=0,
@@ -146,12 +153,13 @@ def fresh(models: int, settings: ForecastSettings) -> ForecastMemory:
         pending_quantile=np.full((models, _PENDING, horizons, levels), np.nan),
         shape=np.broadcast_to(z, (models, horizons, members, levels)).copy(),
         scale=np.broadcast_to(scale, (models, horizons, members)).copy(),
+        loss_daily=np.full((models, horizons, members), 0.1) * settings.scale_prior,
         loss=np.full((models, horizons, members), 0.1) * settings.scale_prior,
         beta=np.zeros((models, horizons, levels, FEATURES))
         + (scale * z)[..., None] * (np.arange(FEATURES) == 0),
         correction=np.zeros((models, horizons, levels)),
         hits=np.zeros(models),
-        hits_weight=0.0,
+        hits_weight=np.zeros(models),
     )
 
 
@@ -219,6 +227,7 @@ def _stepped(memory: ForecastMemory, ended_s: float) -> ForecastMemory:
 def _scored(memory: ForecastMemory, y: Floats) -> ForecastMemory:
     """Learn from the step that has ended with log rate `y` [M]."""
     shape, scale, loss = memory.shape.copy(), memory.scale.copy(), memory.loss.copy()
+    daily = memory.loss_daily.copy()
     beta, correction = memory.beta.copy(), memory.correction.copy()
     levels = np.asarray(memory.settings.levels)
     keep = 1 - 1 / memory.settings.memory_steps
@@ -240,6 +249,10 @@ def _scored(memory: ForecastMemory, y: Floats) -> ForecastMemory:
         loss[:, h] = np.where(
             known, loss[:, h] + max(1 - keep, pace / 4) * (fresh_loss - loss[:, h]), loss[:, h]
         )
+        day_pace = max(memory.settings.step_s / DAY_S, 1 / (memory.steps - ahead + 2))
+        daily[:, h] = np.where(
+            known, daily[:, h] + day_pace * (fresh_loss - daily[:, h]), 1.2 * daily[:, h, :1]
+        )  # who has said nothing yet begins a little behind the last rate
         shape[:, h] += np.where(known[..., None], 0.05 * (levels - is_under), 0.0)
         size = np.abs(residual) * 1.2533  # of a normal one: the standard deviation
         scale[:, h] += np.where(known, max(1 - keep, pace / 4) * (size - scale[:, h]), 0.0)
@@ -254,19 +267,19 @@ def _scored(memory: ForecastMemory, y: Floats) -> ForecastMemory:
     hits, weight = _hits(memory, y)
     scale = np.maximum(scale, 1e-3)
     return replace(
-        memory, shape=shape, scale=scale, loss=loss, beta=beta, correction=correction,
-        hits=hits, hits_weight=weight,
+        memory, shape=shape, scale=scale, loss=loss, loss_daily=daily, beta=beta,
+        correction=correction, hits=hits, hits_weight=weight,
     )  # fmt: skip
 
 
-def _hits(memory: ForecastMemory, y: Floats) -> tuple[Floats, float]:
+def _hits(memory: ForecastMemory, y: Floats) -> tuple[Floats, Floats]:
     """How often the stated 95 % has held lately, three steps ahead."""
     h = STEPS_AHEAD.index(3)
     if memory.steps < STEPS_AHEAD[h]:
         return memory.hits, memory.hits_weight
     level = int(np.argmin(np.abs(np.asarray(memory.settings.levels) - 0.95)))
     told = memory.pending_quantile[:, (memory.steps - STEPS_AHEAD[h]) % _PENDING, h, level]
-    part = 1 / 40
+    part = np.where(np.isnan(told), 0.0, 1 / 40)
     return memory.hits * (1 - part) + part * (y <= told), memory.hits_weight * (1 - part) + part
 
 
@@ -280,6 +293,9 @@ def _remembered(memory: ForecastMemory, y: Floats) -> ForecastMemory:
         raised = told + 0.4 * (y - told)
         level, slope = raised, 0.95 * slope + 0.1 * (y - told)
     recent = np.concatenate([memory.recent[:, 1:], y[:, None]], axis=1)
+    before = np.where(np.isnan(memory.usual), y, memory.usual)
+    pace = max(1 / (memory.steps + 1), 1 / memory.settings.usual_steps)
+    usual = before + pace * (y - before)
     total, steps = memory.coarse_sum + y, memory.coarse_steps + 1
     coarse, at = memory.coarse, memory.coarse_at
     if steps == COARSE_STEPS:
@@ -287,8 +303,8 @@ def _remembered(memory: ForecastMemory, y: Floats) -> ForecastMemory:
         coarse[:, at % coarse.shape[1]] = total / steps
         total, steps, at = np.zeros_like(total), 0, at + 1
     return replace(
-        memory, holt=np.stack([level, slope], axis=1), recent=recent, coarse=coarse, coarse_at=at,
-        coarse_sum=total, coarse_steps=steps,
+        memory, holt=np.stack([level, slope], axis=1), usual=usual, recent=recent, coarse=coarse,
+        coarse_at=at, coarse_sum=total, coarse_steps=steps,
     )  # fmt: skip
 
 
@@ -302,6 +318,7 @@ def _points(memory: ForecastMemory, now_s: float) -> Floats:
     points[:, :, LAST] = points[:, :, REGRESSION] = logs[:, :1]
     points[:, :, FAST] = logs[:, 1:2]
     points[:, :, SLOW] = logs[:, 2:]
+    points[:, :, USUAL] = memory.usual[:, None]
     ahead = np.asarray(STEPS_AHEAD, dtype=np.float64)
     damped = 0.95 * (1 - 0.95**ahead) / 0.05
     rise = memory.holt[:, 1:] * (damped + 1.0)  # the smoothed rate lags by about a step
@@ -363,12 +380,35 @@ def _mixed(memory: ForecastMemory, points: Floats, features: Floats) -> Floats:
 
 
 def _weights(memory: ForecastMemory, points: Floats) -> Floats:
-    """The members' shares [M, H, K]: exponential in the excess over the least loss."""
-    loss = np.where(np.isnan(points), np.inf, memory.loss)
-    least = np.maximum(loss.min(axis=-1, keepdims=True), 1e-9)
-    raw = np.exp(-8.0 * np.minimum(loss / least - 1, 50.0)) * np.isfinite(loss)
+    """The members' shares [M, H, K]: exponential in the excess over the least loss.
+
+    Two families, what has just been and what repeats, are weighed within by their losses lately,
+    and against each other mostly by those over about a day: what repeats is right where it matters
+    for minutes a day only, and no better at other times.
+    """
+    known = ~np.isnan(points)
+    raw = np.zeros_like(points)
+    for family in (SEASONAL, ~SEASONAL):
+        own = known & family
+        raw += own * np.exp(
+            -EAGER * _excess(memory.loss, own, own)
+            - EAGER_DAY * _excess(memory.loss_daily, known, own, is_best=True)
+            - EAGER_NOW * _excess(memory.loss, known, own, is_best=True)
+        )
     shares: Floats = raw / raw.sum(axis=-1, keepdims=True)
     return shares
+
+
+def _excess(
+    loss: Floats, among: NDArray[np.bool_], of: NDArray[np.bool_], is_best: bool = False
+) -> Floats:
+    """By what part the losses (the least of them, if `is_best`) `of` some members exceed the least
+    one `among` others; 50 at most.
+    """
+    least = np.where(among, loss, np.inf).min(axis=-1, keepdims=True)
+    own = np.where(of, loss, np.inf)
+    own = own.min(axis=-1, keepdims=True) if is_best else own
+    return np.asarray(np.minimum(own / np.clip(least, 1e-9, 1e9) - 1, 50.0))
 
 
 # ── what is expected ────────────────────────────────────────────────────────────────────────────
@@ -379,18 +419,17 @@ def predict(memory: ForecastMemory, horizons_s: Sequence[float]) -> Forecast:
     settings = memory.settings
     points = _points(memory, memory.now_s)
     logs = _mixed(memory, points, _features(memory))
-    logs = _without_noise(memory, logs)
+    logs = _raised(memory, _without_noise(memory, logs))
     steps = np.asarray(horizons_s, dtype=np.float64) / settings.step_s
     places = np.minimum(np.searchsorted(STEPS_AHEAD, steps - 1e-9), len(STEPS_AHEAD) - 1)
     floor = 0.5 / settings.step_s
     rates = np.maximum(np.exp(logs[:, places]) - floor, 0.0)
-    coverage = memory.hits / max(memory.hits_weight, 1e-9)
+    coverage = memory.hits / np.maximum(memory.hits_weight, 1e-9)
     is_lost = (coverage < 0.95 * settings.coverage_min) & (memory.hits_weight > 0.2)
     because = ""
     if is_lost.any():
-        recent = np.exp(np.nanmax(memory.recent, axis=1)) * settings.floor_margin
-        reactive = np.where(is_lost, recent, 0.0)[:, None, None]
-        rates = np.maximum(rates, reactive)
+        recent = np.exp(np.nanmax(memory.recent[is_lost], axis=1)) * settings.floor_margin
+        rates[is_lost] = np.maximum(rates[is_lost], recent[:, None, None])
         worst = float(coverage[is_lost].min())
         because = f"forecast: 95 % covered only {100 * worst:.0f} % lately, floor at recent maximum"
     return Forecast(
@@ -403,15 +442,27 @@ def predict(memory: ForecastMemory, horizons_s: Sequence[float]) -> Forecast:
     )
 
 
+def _raised(memory: ForecastMemory, logs: Floats) -> Floats:
+    """All quantiles moved up by as much as the fast rate, less 3 standard deviations of its count,
+    is above the highest one of the step to come: a burst is seen before its step is over.
+    """
+    settings = memory.settings
+    rate = memory.smooth[:, FAST] / np.maximum(memory.smooth_weight[:, FAST], 1e-12)
+    sure = rate - 3 * np.sqrt(rate / (2 * settings.fast_s))  # the variance of such a smoothing
+    burst = np.log(np.maximum(sure, 0.0) + 0.5 / settings.step_s) - logs[:, 0, -1]
+    return np.asarray(logs + np.maximum(burst, 0.0)[:, None, None])
+
+
 def _without_noise(memory: ForecastMemory, logs: Floats) -> Floats:
-    """Quantiles of the rate from those of a step's count: a Poisson count of mean n moves its log
-    by 1 / √n, and independent variances add.
+    """Quantiles of the rate from those of a step's count. A Poisson count with mean n has quantiles
+    near (√(n + 3/8) + z/2)² − 3/8 (Anscombe 1948), and independent variances add.
     """
     z = special.ndtri(np.asarray(memory.settings.levels))
     middle = logs[..., :1]
-    noise2 = z**2 / np.maximum(np.exp(middle) * memory.settings.step_s, 1.0)
-    above = logs - middle
-    rate: Floats = middle + np.sqrt(np.maximum(above**2 - noise2, 0.0))
+    count = np.maximum(np.exp(middle) * memory.settings.step_s - 0.5, 0.0)
+    noisy = np.maximum((np.sqrt(count + 0.375) + z / 2) ** 2 - 0.375, count)
+    noise = np.log((noisy + 0.5) / (count + 0.5))
+    rate: Floats = middle + np.sqrt(np.maximum((logs - middle) ** 2 - noise**2, 0.0))
     return np.maximum.accumulate(rate, axis=-1)
 
 
@@ -426,7 +477,7 @@ def reindexed(
     changed: dict[str, Any] = {}
     for field in fields(memory):
         value = getattr(memory, field.name)
-        if isinstance(value, np.ndarray) and field.name not in _NOT_BY_MODEL:
+        if isinstance(value, np.ndarray):
             moved = getattr(new, field.name)
             moved[to] = value[of]
             changed[field.name] = moved

@@ -19,22 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoscaler.what_if import ChangeError, read_settings
-from benchmarks.autoscaling.combinations import (
-    COMBINATIONS,
-    HOURS,
-    TRACES,
-    WINDOWS,
-    TracesMissing,
-)
+from benchmarks.autoscaling.combinations import HOURS, TRACES, WINDOWS, TracesMissing
 from benchmarks.autoscaling.jobs import Plan, play
+from benchmarks.autoscaling.options import BOUNDS, BY_NAME, HERE, known, tell, windows
 from benchmarks.autoscaling.policies import POLICIES
 from benchmarks.autoscaling.report import markdown, write
 from benchmarks.autoscaling.results import results
 from benchmarks.autoscaling.rows import latest, read_rows
-
-HERE = Path(__file__).parent
-BOUNDS = HERE / ".bounds"
-BY_NAME = {combination.name: combination for combination in COMBINATIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +62,10 @@ def parse(arguments: Sequence[str]) -> Command:
         parser.error(f"--set: {error}")
     plan = Plan(
         combinations=tuple(
-            BY_NAME[n] for n in _known(parser, "combinations", chosen.combinations, list(BY_NAME))
+            BY_NAME[n] for n in known(parser, "combinations", chosen.combinations, list(BY_NAME))
         ),
-        policies=_known(parser, "policies", chosen.policies, POLICIES),
-        windows=_windows(parser, chosen.windows),
+        policies=known(parser, "policies", chosen.policies, POLICIES),
+        windows=windows(parser, chosen.windows),
         traces=chosen.traces,
         hours=chosen.window_h,
         settings=tuple(chosen.set),
@@ -82,33 +73,6 @@ def parse(arguments: Sequence[str]) -> Command:
         bounds=BOUNDS,
     )
     return Command(plan, chosen.out, chosen.processes, chosen.report)
-
-
-def _known(
-    parser: argparse.ArgumentParser, field: str, text: str, names: Sequence[str]
-) -> tuple[str, ...]:
-    chosen = tuple(dict.fromkeys(text.split(",")))
-    for name in chosen:
-        if name not in names:
-            parser.error(f"--{field}: {name!r} is not one of {', '.join(names)}")
-    return chosen
-
-
-def _windows(parser: argparse.ArgumentParser, text: str) -> tuple[int, ...]:
-    windows: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            parser.error(f"--windows: {part!r} is neither a number nor a range such as 0-4")
-        windows += range(int(first), int(last or first) + 1)
-    if not windows or max(windows) >= WINDOWS:
-        parser.error(f"--windows: {text!r} must lie in 0-{WINDOWS - 1}")
-    return tuple(dict.fromkeys(windows))
-
-
-def tell(line: str) -> None:
-    """A line of progress."""
-    print(f"… {line}", file=sys.stderr, flush=True)
 
 
 def report(out: Path) -> str:
@@ -140,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if runs.exists():
             page = report(command.out)
             tell(f"tables in {command.out / 'results.md'}")
-            print(page.partition("\n## ")[0])
+            print(page.partition("\n![")[0])
     for problem in problems:
         tell(f"not played: {problem}")
     return 1 if problems else 0

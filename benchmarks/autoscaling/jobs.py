@@ -206,7 +206,7 @@ def play(plan: Plan, path: Path, *, processes: int, tell: Tell) -> list[str]:
     if not todo:
         return []
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_step_back) as pool:
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=step_back) as pool:
         try:
             return list(_collected(pool, todo, path, processes, tell))
         except BaseException:
@@ -214,7 +214,7 @@ def play(plan: Plan, path: Path, *, processes: int, tell: Tell) -> list[str]:
             raise
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Let everything else on the machine go first."""
     os.nice(NICE)
 

@@ -135,7 +135,8 @@ def _goals(overall: Overall, verdicts: Sequence[Verdict]) -> str:
         f"Windows in which some policy without foresight is on target and Shoal is not: {lost} of "
         f"{shoal.windows}. SkyServe's variants attain as much as Shoal (or the target) in "
         f"{overall.skyserve_equal} of {len(verdicts)} combinations; in the others Shoal is set "
-        "against the one that attains most."
+        "against the one that attains most, and where that one is cheaper by attaining less, "
+        "nothing is judged and the combination is left out of that line."
     )
 
 

@@ -73,7 +73,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Overall:
-    """Means over combinations, each of them counting once."""
+    """Means over combinations, each of them counting once.
+
+    `skyserve`: over those in which something can be said. `skyserve_equal`: in how many SkyServe
+    attains as much as Shoal, or the target. `met_in`: by goal, where it is met, and judged at all.
+    """
 
     policies: tuple[Told, ...]
     skyserve: Estimate | None
@@ -199,7 +203,10 @@ def _overall(sheet: Sheet, verdicts: Sequence[Verdict], costs: Mapping[str, Floa
         if (played := [name for name in names if sheet.row(name, policy)])
     )
     (shoal,) = [one for one in told if one.policy == SHOAL]
-    skyserve = _ratio_over(sheet, {name: costs[name] for name in names if name in costs})
+    skyserve = _ratio_over(
+        sheet,
+        {v.combination: costs[v.combination] for v in verdicts if v.met["skyserve"] is not None},
+    )
     peaks = {n: sheet.of(STATIC_PEAK, "cost_usd", n) for n in names if sheet.row(n, STATIC_PEAK)}
     static = _ratio_over(sheet, peaks)
     judged = [met for v in verdicts if (met := v.met["attainment"]) is not None]

@@ -1,16 +1,20 @@
-"""How many late requests may the next hours bring?
+"""What is a late request worth now?
 
-An objective of 99 % is a budget: one request in a hundred may be late. A fleet that is sized to be
-late with that share at every moment pays too much, because its estimates err on the safe side, and
-a fleet that has just lost a zone has spent more than its share. So the share that is asked of
-`fleet` and `queueing` follows what is left of the budget:
+An objective of 99 % is a budget: one request in a hundred may be late. It is kept on the average of
+days, not at every moment, so `fleet` is given a price for each late request instead of a limit: it
+buys punctuality where it is cheap (a spare spot node) and does without where it is dear (a second
+fleet on demand in case a zone falls). The price follows the budget's reserve, in hours of what may
+be late:
 
-    allowed = e + (e · seen − late) / (rate · horizon)        e = (1 − attainment) · (1 − margin)
+    planned = (1 − attainment) · (1 − margin)
+    reserve = (planned · seen − late) / (planned · rate)
+    price   = base · exp(−reserve / patience)
 
-what was saved is spent evenly over the horizon, what was overspent is paid back. (Error budgets as
-in Beyer et al., Site Reliability Engineering, 2016, ch. 3; the feedback is an integral controller,
-which also takes out a steady error of the models behind the sizing.) Counts are forgotten slowly,
-so that a calm month is no licence for a bad day.
+What was saved makes lateness cheap until it is spent, what was overspent makes it dear until it is
+paid back. (The price is the multiplier of a constraint on an average, found by dual ascent: Neely,
+Stochastic Network Optimization, 2010, ch. 4; error budgets: Beyer et al., Site Reliability
+Engineering, 2016, ch. 3.) Counts are forgotten slowly, so that a calm month is no licence for a bad
+day.
 """
 
 from __future__ import annotations
@@ -25,16 +29,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class BudgetSettings:
-    """`margin`: the part of the budget that is never planned to be spent. `horizon_s`: over which
-    savings are spent. `window_s`: after which what happened counts 1/e. The allowed share stays
-    within `planned_fraction_min` of the planned one and `late_max`.
+    """`margin`: the part of the budget that is never planned to be spent. `patience_s`: the reserve
+    that makes the price fall to 1/e. `reserve_max_s`: the largest reserve, or debt, that counts.
+    `window_s`: after which what happened counts 1/e.
     """
 
     margin: float = 0.15
-    horizon_s: float = 6 * 3600.0
+    patience_s: float = 3 * 3600.0
+    reserve_max_s: float = 9 * 3600.0
     window_s: float = 7 * 86400.0
-    planned_fraction_min: float = 0.4
-    late_max: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +62,30 @@ def spent(
     return Budget(budget.seen * kept + finished, budget.late * kept + late, now_s)
 
 
-def late_allowed(
+def planned_share(attainment: Floats, settings: BudgetSettings) -> Floats:
+    """The share of requests that is planned to be late."""
+    share: Floats = np.maximum((1 - attainment) * (1 - settings.margin), 1e-6)
+    return share
+
+
+def reserve_s(
     budget: Budget, rate_rps: Floats, attainment: Floats, settings: BudgetSettings
 ) -> Floats:
-    """The share of the coming requests that may be late, by model."""
-    planned = (1 - attainment) * (1 - settings.margin)
-    saved = planned * budget.seen - budget.late
-    coming = np.maximum(rate_rps * settings.horizon_s, 1.0)
-    allowed: Floats = np.clip(
-        planned + saved / coming, settings.planned_fraction_min * planned, settings.late_max
-    )
-    return allowed
+    """For how long, by model, requests could be late at the planned share and be paid for by what
+    was saved; negative for a debt.
+    """
+    planned = planned_share(attainment, settings)
+    flow = np.maximum(planned * rate_rps, 1e-9)
+    saved = (planned * budget.seen - budget.late) / flow
+    bounded: Floats = np.clip(saved, -settings.reserve_max_s, settings.reserve_max_s)
+    return bounded
+
+
+def price(budget: Budget, rate_rps: Floats, attainment: Floats, settings: BudgetSettings) -> Floats:
+    """What a late request costs, by model, as a multiple of its base price."""
+    saved = reserve_s(budget, rate_rps, attainment, settings)
+    multiple: Floats = np.exp(-saved / settings.patience_s)
+    return multiple
 
 
 def reindexed(budget: Budget, places: NDArray[np.int64]) -> Budget:

@@ -14,20 +14,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoscaler import budget, forecast, queueing
+from autoscaler import budget, calibration, forecast, queueing
 from autoscaler.budget import Budget, BudgetSettings
+from autoscaler.calibration import Calibration, CalibrationSettings
 from autoscaler.forecast import Forecast, ForecastMemory, ForecastSettings
 from autoscaler.queueing import Curves, Dispersion, Residual
-from autoscaler.snapshot import SERVICE_EDGES_MS, Model, NodeState, ServiceCurve, Snapshot
+from autoscaler.snapshot import (
+    SERVICE_EDGES_MS,
+    EventKind,
+    Model,
+    NodeState,
+    ServiceCurve,
+    Snapshot,
+)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-R = TypeVar("R", Dispersion, Residual)
+R = TypeVar("R", Dispersion, Residual, Calibration)
 
 MODELS_FEW = 8
 """Up to so many models, every quantile of the forecast is sized."""
@@ -35,8 +44,14 @@ MODELS_FEW = 8
 SLACK_PART = 0.5
 """The part of the slack that a backlog may use up before more is added for it."""
 
+CLEAR_MAX = 1.0
+"""For a backlog no more is added than this multiple of what the arrivals need."""
+
 WARM_UP_S = 120.0
 """For so long after a replica has become ready, measured times teach nothing."""
+
+SHOCK_S = 900.0
+"""For so long after nodes were taken, what is late is the shock's."""
 
 BEGIN_S = 300.0
 """For so long after a model's first replica has become ready, what is late is its start's."""
@@ -44,16 +59,16 @@ BEGIN_S = 300.0
 _PRESENT_LEVEL = 2
 """The quantile of the present rate (0.9) that must stay served when nodes are given back."""
 
-QUEUE_SHARE = 0.5
-"""The part of the lateness allowed that a queue in balance may use; the rest is for shortages."""
-
 
 @dataclass(frozen=True, slots=True)
 class DemandSettings:
-    """`budget`, `forecast`: of those modules. `clear_s`: within which a backlog is worked off."""
+    """`budget`, `calibration`, `forecast`: of those modules. `clear_s`: within which a backlog is
+    worked off.
+    """
 
     forecast: ForecastSettings = field(default_factory=ForecastSettings)
     budget: BudgetSettings = field(default_factory=BudgetSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     clear_s: float = 60.0
 
 
@@ -62,6 +77,8 @@ class DemandMemory:
     """What is remembered of the models' traffic; arrays have a row a model, in `names`' order.
 
     `late_told` [M]: the late share predicted for the replicas that were ready last time.
+    `told_calm`, `told_shock` [M]: the late shares that were predicted for the fleet chosen last
+    time. `shock_s`: when nodes were last taken or given notice. `at_s`: when the last snapshot was.
     """
 
     names: tuple[str, ...]
@@ -70,6 +87,11 @@ class DemandMemory:
     budget: Budget
     residual: Residual
     late_told: Floats
+    calibration: Calibration
+    told_calm: Floats
+    told_shock: Floats
+    shock_s: float = -np.inf
+    at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +99,30 @@ class Demand:
     """Needs by model (rows) in replicas.
 
     `levels` [J]: quantiles of the forecast; `weight` [J]: the probability that each stands for.
-    `needs`: by machine type [M, J], 0 where a model can't run on it. `wanted`: by machine type [M],
-    at the share that may be late. `present`: by machine type [M], for what arrives right now.
+    `needs`: by machine type [M, J], fractions, 0 where a model can't run on it. `wanted`: by machine
+    type [M], at the share that may be late. `present`: by machine type [M], for what arrives right now.
     `node_rps`: by machine type [M], the rate that one replica carries in such company.
     `slack_s` [M]: how long most requests can wait and still be on time; `queue_excess` [M]:
-    requests that have no hope of that unless more is added.
+    requests that have no hope of that unless more is added. `calm_factor`, `shock_factor` [M]: of
+    `calibration`. `late_planned` [M]: the share planned to be late, `late_price` [M]: what a late
+    request costs, as a multiple of its base price.
     """
 
     models: tuple[Model, ...]
     levels: Floats
     weight: Floats
-    needs: Mapping[str, Ints]
+    needs: Mapping[str, Floats]
     wanted: Mapping[str, Ints]
     present: Mapping[str, Ints]
     node_rps: Mapping[str, Floats]
     rate_rps: Floats
     rate_peak_rps: Floats
-    late_allowed: Floats
+    late_planned: Floats
+    late_price: Floats
     slack_s: Floats
     queue_excess: Floats
+    calm_factor: Floats
+    shock_factor: Floats
     is_covered: bool = True
     because: str = ""
 
@@ -120,18 +147,37 @@ def observed(
             dispersion = queueing.observe_dispersion(dispersion, counts, bin_s)
     finished = np.array([t.finished for t in traffic], dtype=np.float64)
     late = np.array([t.late for t in traffic], dtype=np.float64)
+    late = np.where(_has_begun(snapshot), late, 0.0)
     steady = np.array([t.queued <= t.running for t in traffic]) & _is_warm(snapshot, models)
-    return DemandMemory(
-        names,
-        past,
-        dispersion,
-        budget.spent(
-            memory.budget, finished, np.where(_has_begun(snapshot), late, 0.0), now_s,
-            settings.budget,
+    memory = replace(
+        memory,
+        forecast=past,
+        dispersion=dispersion,
+        residual=queueing.observe_residual(
+            memory.residual, finished, late, memory.late_told, steady
         ),
-        queueing.observe_residual(memory.residual, finished, late, memory.late_told, steady),
-        memory.late_told,
     )
+    return _charged(snapshot, memory, finished, late, settings)
+
+
+def _charged(
+    snapshot: Snapshot, memory: DemandMemory, finished: Floats, late: Floats, s: DemandSettings
+) -> DemandMemory:
+    """`memory` after `late` of the `finished` requests were charged to budget and calibration."""
+    now_s = snapshot.now_s
+    taken = (EventKind.NOTICED, EventKind.RECLAIMED)
+    shock_s = max((e.at_s for e in snapshot.events if e.kind in taken), default=memory.shock_s)
+    elapsed_s = now_s - memory.at_s if memory.at_s is not None else 0.0
+    return replace(
+        memory,
+        budget=budget.spent(memory.budget, finished, late, now_s, s.budget),
+        calibration=calibration.compared(
+            memory.calibration, finished, late, now_s - shock_s > SHOCK_S, memory.told_calm,
+            memory.told_shock, elapsed_s, s.calibration,
+        ),
+        shock_s=shock_s,
+        at_s=now_s,
+    )  # fmt: skip
 
 
 def demanded(snapshot: Snapshot, memory: DemandMemory, settings: DemandSettings) -> Demand:
@@ -144,8 +190,9 @@ def demanded(snapshot: Snapshot, memory: DemandMemory, settings: DemandSettings)
     told = forecast.predict(memory.forecast, times)
     attainment = np.array([model.slo.attainment for model in models])
     rate = told.rate_mean[:, 0]
-    allowed = budget.late_allowed(memory.budget, rate, attainment, settings.budget)
-    sizing = _Sizing(snapshot, memory, told, allowed, settings)
+    planned = budget.planned_share(attainment, settings.budget)
+    sizing = _Sizing(snapshot, memory, told, planned, settings)
+    trust = calibration.factors(memory.calibration, planned * rate, settings.calibration)
     sized = {name: sizing.on(name, times.index(h)) for name, h in horizons.items()}
     levels = np.asarray(told.levels, dtype=np.float64)
     return Demand(
@@ -158,23 +205,30 @@ def demanded(snapshot: Snapshot, memory: DemandMemory, settings: DemandSettings)
         node_rps={name: s.node_rps for name, s in sized.items()},
         rate_rps=rate,
         rate_peak_rps=sizing.at_risk(len(times) - 1),
-        late_allowed=allowed,
+        late_planned=planned,
+        late_price=budget.price(memory.budget, rate, attainment, settings.budget),
         slack_s=sizing.slack_s,
         queue_excess=sizing.excess,
+        calm_factor=trust.calm,
+        shock_factor=trust.shock,
         is_covered=told.is_covered,
         because=told.because,
     )
 
 
-def told_late(demand: Demand, snapshot: Snapshot, memory: DemandMemory) -> DemandMemory:
-    """`memory` with the late share that the replicas which are ready now should show."""
+def told_late(
+    demand: Demand, snapshot: Snapshot, memory: DemandMemory, calm: Floats, shock: Floats
+) -> DemandMemory:
+    """`memory` with what is predicted: the late share that the replicas which are ready now should
+    show, and those [M] of the fleet that was chosen, in calm times and what shocks add.
+    """
     late = np.array(
         [
             _late_now(model, snapshot, float(rate))
             for model, rate in zip(snapshot.models, demand.rate_rps, strict=True)
         ]
     )
-    return replace(memory, late_told=late)
+    return replace(memory, late_told=late, told_calm=calm, told_shock=shock)
 
 
 def _late_now(model: Model, snapshot: Snapshot, rate_rps: float) -> float:
@@ -188,7 +242,7 @@ def _late_now(model: Model, snapshot: Snapshot, rate_rps: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Sized:
-    needs: Ints
+    needs: Floats
     wanted: Ints
     present: Ints
     node_rps: Floats
@@ -202,25 +256,34 @@ class _Sizing:
         snapshot: Snapshot,
         memory: DemandMemory,
         told: Forecast,
-        allowed: Floats,
+        planned: Floats,
         settings: DemandSettings,
     ) -> None:
         self.models = snapshot.models
         self.told = told
         self.settings = settings
-        self.queue_late = allowed * QUEUE_SHARE
-        self.risk_level = 1 - allowed * (1 - QUEUE_SHARE)
+        self.queue_late = planned
+        self.risk_level = 1 - planned
         self.slo_ms = np.array([model.slo.latency_ms for model in self.models])
         self.dispersion = memory.dispersion.index()
         self.residual = memory.residual
-        self.is_uniform = len(snapshot.machines) == 1
         self.slack_s = np.array([_slack_s(model) for model in self.models])
-        self.excess = np.array(
-            [
-                _excess(m, s, m.traffic.running)
-                for m, s in zip(self.models, self.slack_s, strict=True)
-            ]
-        )
+        self.excess = self._excess(snapshot)
+
+    def _excess(self, snapshot: Snapshot) -> Floats:
+        """Requests [M] that will wait longer than the slack when a machine launched now is ready:
+        they ask for more than what arrives does. While nothing has ever been ready, none.
+        """
+        servers = _servers(snapshot)
+        until_s = snapshot.now_s + min(m.cold_start_s for m in snapshot.machines.values())
+        excess = np.zeros(len(self.models))
+        for row, model in enumerate(self.models):
+            rate = float(self.told.rate_mean[row, 0])
+            there = servers.get(model.name, [])
+            waiting = backlog_ahead(there, rate, model.traffic.queued, snapshot.now_s, until_s)
+            patient = max(rate, 0.0) * float(self.slack_s[row]) * SLACK_PART
+            excess[row] = max(waiting - patient, 0.0) if there else 0.0
+        return excess
 
     def at_risk(self, place: int) -> Floats:
         """The rate [M] that is exceeded with the share of time that shortages may take."""
@@ -234,70 +297,61 @@ class _Sizing:
         """Needs on one machine type, for times up to the horizon at `place`."""
         count, levels = len(self.models), len(self.told.levels)
         hosts = np.array([machine in m.curves for m in self.models], dtype=bool)
-        needs = np.zeros((count, levels), dtype=np.int64)
+        needs = np.zeros((count, levels))
         wanted, present = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
         node_rps = np.zeros(count)
-        if not hosts.any():
-            return _Sized(needs, wanted, present, node_rps)
         rows = np.flatnonzero(hosts)
+        if not len(rows):
+            return _Sized(needs, wanted, present, node_rps)
         more = self.excess[rows] / self.settings.clear_s
+        more = np.minimum(more, CLEAR_MAX * self.told.rate_mean[rows, 0])
         peak = self.told.rate_rps[rows, : place + 1].max(axis=1) + more[:, None]
         risk = self.at_risk(place)[rows] + more
         now = self.told.rate_rps[rows, 0, _PRESENT_LEVEL] + more
-        sized = self._sized_few if count <= MODELS_FEW else self._sized_many
-        counts = sized(machine, rows, np.column_stack([risk, now, peak]))
-        wanted[rows], present[rows], needs[rows] = counts[:, 0], counts[:, 1], counts[:, 2:]
-        node_rps[rows] = self._node_rps(machine, rows, wanted[rows])
+        wanted[rows] = self._sized(machine, rows, risk)
+        present[rows] = self._sized(machine, rows, now)
+        node_rps[rows] = self._carried(machine, rows, wanted[rows])
+        if count <= MODELS_FEW:
+            low = self._carried(machine, rows, self._sized(machine, rows, peak[:, 0]))
+            needs[rows] = _parts(peak, low, node_rps[rows])
+        else:
+            needs[rows] = wanted[rows, None]
         return _Sized(needs, wanted, present, node_rps)
 
-    def _sized_few(self, machine: str, rows: Ints, rates: Floats) -> Ints:
-        """Replicas for `rates` [rows, rates], a model at a time: every rate is sized."""
-        return np.stack(
-            [
-                queueing.replicas_needed(
-                    rates[k],
-                    self._curves(machine, [row]),
-                    self.slo_ms[row],
-                    self.queue_late[row],
-                    self.dispersion[row],
-                    residual=self.residual.late[row],
-                ).replicas
-                for k, row in enumerate(rows)
-            ]
-        )
+    def _sized(self, machine: str, rows: Ints, rates: Floats) -> Ints:
+        """Whole replicas for `rates` [rows]."""
+        return queueing.replicas_needed(
+            rates,
+            self._curves(machine, rows),
+            self.slo_ms[rows],
+            self.queue_late[rows],
+            self.dispersion[rows],
+            residual=self.residual.late[rows],
+        ).replicas
 
-    def _sized_many(self, machine: str, rows: Ints, rates: Floats) -> Ints:
-        """The same for many models at once: the first two rates are sized, the first serves for
-        all others.
-        """
-        curves = self._curves(machine, rows)
-        risk, now = (
-            queueing.replicas_needed(
-                rates[:, column],
-                curves,
-                self.slo_ms[rows],
-                self.queue_late[rows],
-                self.dispersion[rows],
-                residual=self.residual.late[rows],
-            ).replicas
-            for column in (0, 1)
-        )
-        return np.column_stack([risk, now, *[risk] * (rates.shape[1] - 2)])
-
-    def _node_rps(self, machine: str, rows: Ints, replicas: Ints) -> Floats:
-        """What one of `replicas` carries. With one machine type nobody compares: its maximum."""
-        curves = self._curves(machine, rows)
-        if self.is_uniform:
-            return np.broadcast_to(curves.rate_max_rps, (len(rows),)).astype(np.float64)
-        count = np.maximum(replicas, 1)
+    def _carried(self, machine: str, rows: Ints, replicas: Ints) -> Floats:
+        """The rate that one of so many replicas carries: the more there are, the more each can."""
+        curves, count = self._curves(machine, rows), np.maximum(replicas, 1)
         carried = queueing.rate_max_rps(
             count, curves, self.slo_ms[rows], np.maximum(self.queue_late[rows], 1e-3),
             self.dispersion[rows],
         )  # fmt: skip
-        return np.asarray(carried / count)
+        each: Floats = carried / count
+        return np.where(each > 0, each, 0.9 * curves.rate_max_rps)
 
     def _curves(self, machine: str, rows: Sequence[int] | Ints) -> Curves:
         return Curves.of([self.models[row].curves[machine] for row in rows])
+
+
+def _parts(rates: Floats, low_rps: Floats, high_rps: Floats) -> Floats:
+    """Replicas [M, J] for rising `rates` [M, J], as fractions: what each carries lies between
+    `low_rps` [M], at the first rate, and `high_rps` [M], at the last.
+    """
+    first, last = rates[:, :1], rates[:, -1:]
+    place = (rates - first) / np.maximum(last - first, 1e-12)
+    each = low_rps[:, None] + np.clip(place, 0.0, 1.0) * (high_rps - low_rps)[:, None]
+    parts: Floats = rates / np.maximum(each, 1e-12)
+    return parts
 
 
 def _ready_by_machine(snapshot: Snapshot) -> dict[str, Counter[str]]:
@@ -328,13 +382,46 @@ def _service_p90_ms(curve: ServiceCurve) -> float:
     return SERVICE_EDGES_MS[min(place + 1, len(SERVICE_EDGES_MS) - 1)]
 
 
-def _excess(model: Model, slack_s: float, busy: int) -> float:
-    """Requests queued beyond what the slack lets wait: at `busy` requests in service, those that
-    can be taken up within the slack are no excess.
+@dataclass(frozen=True, slots=True)
+class _Server:
+    """A replica that serves `rate_rps` at most, from `from_s` to `to_s`."""
+
+    rate_rps: float
+    from_s: float
+    to_s: float
+
+
+def _servers(snapshot: Snapshot) -> dict[str, list[_Server]]:
+    """What there is to serve each model, and when: what is draining or was given notice goes."""
+    nodes = {node.id: node for node in snapshot.nodes}
+    models = {model.name: model for model in snapshot.models}
+    servers: dict[str, list[_Server]] = {}
+    for replica in snapshot.replicas:
+        node, model = nodes.get(replica.node), models.get(replica.model)
+        if node is None or model is None or node.state is NodeState.DRAINING:
+            continue
+        curve = model.curves.get(snapshot.groups[node.group].machine)
+        if curve is None:
+            continue
+        from_s = snapshot.now_s if replica.is_ready else max(replica.ready_s, snapshot.now_s)
+        to_s = np.inf if node.reclaim_s is None else node.reclaim_s - curve.batch_ms(1) / 1e3
+        servers.setdefault(model.name, []).append(_Server(curve.rate_max_rps, from_s, to_s))
+    return servers
+
+
+def backlog_ahead(
+    servers: Sequence[_Server], rate_rps: float, queued: float, now_s: float, until_s: float
+) -> float:
+    """Requests that will wait at `until_s`, as a fluid: they come at `rate_rps`, and the servers
+    that there are take them up while they are there.
     """
-    service_s = min(curve.batch_ms(1) for curve in model.curves.values()) / 1e3
-    patient = busy * slack_s * SLACK_PART / max(service_s, 1e-9)
-    return max(model.traffic.queued - patient, 0.0)
+    turns = sorted({now_s, until_s} | {t for s in servers for t in (s.from_s, s.to_s)})
+    turns = [t for t in turns if now_s <= t <= until_s]
+    waiting = queued
+    for start_s, end_s in pairwise(turns):
+        served = sum(s.rate_rps for s in servers if s.from_s <= start_s and s.to_s >= end_s)
+        waiting = max(waiting + (rate_rps - served) * (end_s - start_s), 0.0)
+    return waiting
 
 
 def _is_warm(snapshot: Snapshot, models: Sequence[Model]) -> NDArray[np.bool_]:
@@ -370,6 +457,9 @@ def _fresh(names: tuple[str, ...], now_s: float, settings: DemandSettings) -> De
         Budget.fresh(count, now_s),
         queueing.residual_memory(count),
         np.zeros(count),
+        Calibration.fresh(count),
+        np.zeros(count),
+        np.zeros(count),
     )
 
 
@@ -386,17 +476,23 @@ def _aligned(memory: DemandMemory, names: tuple[str, ...]) -> DemandMemory:
         budget.reindexed(memory.budget, places),
         _moved(memory.residual, places),
         _picked(memory.late_told, places),
+        _moved(memory.calibration, places),
+        _picked(memory.told_calm, places),
+        _picked(memory.told_shock, places),
+        memory.shock_s,
+        memory.at_s,
     )
 
 
 def _moved(record: R, places: Ints) -> R:
     """A record of arrays whose last axis is the models, for other models."""
-    arrays = {
-        f.name: value
-        for f in fields(record)
-        if isinstance(value := getattr(record, f.name), np.ndarray)
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    arrays: dict[str, Any] = {
+        name: _picked(value, places)
+        for name, value in values.items()
+        if isinstance(value, np.ndarray)
     }
-    return replace(record, **{name: _picked(value, places) for name, value in arrays.items()})
+    return replace(record, **arrays)
 
 
 def _picked(values: NDArray[Any], places: Ints) -> NDArray[Any]:

@@ -48,7 +48,7 @@ def because(
     """What was seen, expected, chosen and done, in one line."""
     parts = [
         f"{wish.rate_rps.sum():.3g} requests/s now, {wish.rate_peak_rps.sum():.3g} to be ready for",
-        f"{100 * float(wish.late_allowed.mean()):.2g} % may be late",
+        f"late requests at {float(wish.late_price.mean()):.2g} times their base price",
     ]
     held = [_held(name, count, snapshot, shock_rates) for name, count in counts.items() if count]
     parts.append("hold " + (", ".join(held) or "nothing"))
@@ -81,9 +81,7 @@ def rejected(
     for i, option in sorted(enumerate(options), key=lambda pair: -pair[1].cost_usd_h):
         if counts[i] > option.count_min:
             less = judged(problem, [n - (i == k) for k, n in enumerate(counts)])
-            why = f"{100 * less.late:.2g} % would be late, {100 * problem.late_max:.2g} % may be"
-            if less.is_feasible:
-                why = "harm or a new cold start would cost more than it saves"
+            why = f"{100 * less.late:.2g} % would be late, {100 * choice.late:.2g} % are to be"
             found.append(Rejected(f"one {option.group} less", less.cost_usd_h, why))
             break
     safe = [o for o in options if snapshot.groups[o.group].market is not Market.SPOT]

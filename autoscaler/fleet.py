@@ -115,13 +115,15 @@ class Problem:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Counts by group, what they cost an hour (rent, replacement, launches), and the expected
-    share of late requests. `is_feasible`: whether they keep every constraint.
+    share of late requests; `late_shock`: of that, what the states add in which something falls.
+    `is_feasible`: whether they keep every constraint.
     """
 
     counts: dict[str, int]
     cost_usd_h: float
     late: float
     is_feasible: bool
+    late_shock: float = 0.0
 
 
 def choose(problem: Problem) -> Choice:
@@ -172,14 +174,26 @@ class _Judge:
 
     def late_and_shortfall(self, counts: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Expected late share, and expected relative shortfall (which also tells far from near)."""
-        shocked = self._excess((counts @ self.surviving)[:, :, None])  # [N, S, J]
-        whole = self._excess((counts @ self.capacity)[:, None, None])  # [N, 1, J]
-        backlog = np.maximum(shocked * self.shock_gap, whole * self.need_gap)
-        late = np.clip(backlog - 1.0, 0.0, 1.0)
+        shocked, late = self._late(counts)
         shortfall = shocked / (1.0 + shocked)
         late_mean: Floats = np.einsum("nsj,sj->n", late, self.weight)
         shortfall_mean: Floats = np.einsum("nsj,sj->n", shortfall, self.weight)
         return late_mean, shortfall_mean
+
+    def _late(self, counts: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Relative shortage and late share [N, S, J] in each state, for each need."""
+        shocked = self._excess((counts @ self.surviving)[:, :, None])
+        whole = self._excess((counts @ self.capacity)[:, None, None])
+        late = np.maximum(shocked * self.shock_gap, whole * self.need_gap)
+        late -= 1.0
+        return shocked, np.minimum(np.maximum(late, 0.0, out=late), 1.0, out=late)
+
+    def _shock_part(self, counts: NDArray[np.int64]) -> float:
+        """Of the late share of one fleet, what is more than if nothing fell."""
+        _, late = self._late(counts[None, :])
+        whole = self._excess((counts[None, :] @ self.capacity)[:, None, None]) * self.need_gap
+        added = late - np.clip(whole - 1.0, 0.0, 1.0)
+        return float(np.einsum("nsj,sj->n", added, self.weight)[0])
 
     def _excess(self, capacity: Floats) -> Floats:
         excess: Floats = self.need / np.maximum(capacity, 1e-9) - 1.0
@@ -213,6 +227,7 @@ class _Judge:
             late=late,
             is_feasible=late <= self.problem.late_max + 1e-12
             and bool(self.broken(rows)[0] == 0 if len(counts) else False),
+            late_shock=self._shock_part(counts) if len(counts) else 0.0,
         )
 
 

@@ -1,16 +1,18 @@
 """How much demand is to be expected when a machine launched now is ready?
 
     arrivals ─► rate now (three speeds) ─► members ─► quantiles each ─► weighted ─► calibrated
-                                           last, fast, slow, Holt,      by recent   conformal
+                                           last, fast, slow, trends,    by recent   conformal
                                            day ago, week ago, usual,    pinball
                                            quantile regression          loss
 
 Rates are handled as logarithms: demand doubles and halves. Each member forecasts the rate some
-steps ahead; the quantiles round it follow from its own residuals, whose scale and shape are tracked
-step by step. Members are mixed with weights that fall with their recent pinball loss (Koenker and
-Bassett 1978), and what the mixture still gets wrong is taken out by adaptive conformal inference
-(Gibbs and Candès 2021): each level has a correction that rises after a miss and falls after a hit,
-so that a stated 95 % covers 95 % in the long run, whatever the demand does.
+steps ahead; trends are local linear ones, tracked by Kalman filters that know the Poisson noise of
+a count (Harvey 1989, Forecasting, Structural Time Series Models). The quantiles round a forecast
+follow from its own residuals, whose scale and shape are tracked step by step. Members are mixed
+with weights that fall with their recent pinball loss (Koenker and Bassett 1978), and what the
+mixture still gets wrong is taken out by adaptive conformal inference (Gibbs and Candès 2021): each
+level has a correction that rises after a miss and falls after a hit, so that a stated 95 % covers
+95 % in the long run, whatever the demand does.
 
 A count shows the rate only through Poisson noise, which `queueing` reckons with already. So the
 variance that the noise alone would explain is taken out of the band.
@@ -36,8 +38,18 @@ Floats = NDArray[np.float64]
 STEPS_AHEAD = (1, 2, 3, 5, 8, 13)
 """The horizons that are learned, in steps."""
 
-MEMBERS = ("last", "fast", "slow", "trend", "day", "week", "regression", "usual")
-LAST, FAST, SLOW, TREND, DAY, WEEK, REGRESSION, USUAL = range(len(MEMBERS))
+MEMBERS = (
+    "last", "fast", "slow", "steady trend", "trend", "lively trend", "day", "week", "regression",
+    "usual",
+)  # fmt: skip
+LAST, FAST, SLOW, TREND, _, _, DAY, WEEK, REGRESSION, USUAL = range(len(MEMBERS))
+
+TREND_NOISE: Floats = np.array([1e-11, 4e-10, 1e-8])
+"""How lively the three trends are: variance a second of the slope of the log rate, by second."""
+LEVEL_NOISE = 1e-6
+"""Variance a second of the log rate's own level."""
+TREND_LASTS_S = 600.0
+"""A slope is expected to die away in about this time."""
 
 SEASONAL: NDArray[np.bool_] = np.isin(np.arange(len(MEMBERS)), (DAY, WEEK))
 # How strongly shares follow losses: within a family, and between families over a day and lately.
@@ -76,12 +88,12 @@ class ForecastSettings:
 class ForecastMemory:
     """What is remembered; M models, H horizons, K members, L levels, F features, P pending steps.
 
-    `smooth` [M, 3]: smoothed rates; `smooth_weight` [M, 3]: what of each is real. `holt` [M, 2]:
-    level and slope of the log rate; `usual` [M]: its mean over hours. `recent` [M, RECENT]: log
-    rates of the last steps. `coarse` [M, C]: log rates of the last days in ten-step means, NaN
-    where unknown, slot `coarse_at` next. `pending_*`: forecasts that wait for their step. `shape`,
-    `scale`: the members' residuals; `loss`, `loss_daily`: their pinball losses, lately and over a
-    day.
+    `smooth` [M, 3]: smoothed rates; `smooth_weight` [M, 3]: what of each is real. `trend`
+    [M, 3, 5]: by filter, level and slope of the log rate and their covariance (11, 12, 22).
+    `usual` [M]: its mean over hours. `recent` [M, RECENT]: log rates of the last steps. `coarse`
+    [M, C]: log rates of the last days in ten-step means, NaN where unknown, slot `coarse_at` next.
+    `pending_*`: forecasts that wait for their step. `shape`, `scale`: the members' residuals;
+    `loss`, `loss_daily`: their pinball losses, lately and over a day.
     """
 
     settings: ForecastSettings
@@ -91,7 +103,7 @@ class ForecastMemory:
     part: Floats
     smooth: Floats
     smooth_weight: Floats
-    holt: Floats
+    trend: Floats
     usual: Floats
     recent: Floats
     coarse: Floats
@@ -141,7 +153,7 @@ def fresh(models: int, settings: ForecastSettings) -> ForecastMemory:
         part=np.zeros(models),
         smooth=np.zeros((models, 3)),
         smooth_weight=np.zeros((models, 3)),
-        holt=np.zeros((models, 2)),
+        trend=np.zeros((models, len(TREND_NOISE), 5)),
         usual=np.full(models, np.nan),
         recent=np.full((models, RECENT), np.nan),
         coarse=np.full((models, slots), np.nan),
@@ -185,7 +197,38 @@ def _smoothed(memory: ForecastMemory, rate: Floats, bin_s: float) -> ForecastMem
     settings = memory.settings
     part = -np.expm1(-bin_s / np.array([settings.last_s, settings.fast_s, settings.slow_s]))
     smooth = memory.smooth * (1 - part) + rate[:, None] * part
-    return replace(memory, smooth=smooth, smooth_weight=memory.smooth_weight * (1 - part) + part)
+    return replace(
+        memory,
+        smooth=smooth,
+        smooth_weight=memory.smooth_weight * (1 - part) + part,
+        trend=_filtered(memory, rate, bin_s),
+    )
+
+
+def _filtered(memory: ForecastMemory, rate: Floats, bin_s: float) -> Floats:
+    """The trends' filters after a bin with `rate` [M]: predict, then correct."""
+    seen = np.log(rate + 0.5 / bin_s)[:, None]
+    is_new = memory.smooth_weight[:, :1] == 0
+    level, slope, p11, p12, p22 = np.moveaxis(memory.trend, -1, 0)
+    kept = np.exp(-bin_s / TREND_LASTS_S)
+    level = np.where(is_new, seen, level + slope * bin_s)
+    p11 = np.where(is_new, 0.1, p11 + bin_s * (2 * p12 + bin_s * p22) + LEVEL_NOISE * bin_s)
+    p12 = (p12 + bin_s * p22) * kept
+    p22 = np.where(is_new, 1e-6, p22 * kept**2 + TREND_NOISE * bin_s)
+    slope = slope * kept
+    noise = 1.0 / np.maximum(np.exp(np.minimum(level, 30.0)) * bin_s, 0.5)
+    surprise = np.clip(seen - level, -3.0, 3.0)
+    gain1, gain2 = p11 / (p11 + noise), p12 / (p11 + noise)
+    return np.stack(
+        [
+            level + gain1 * surprise,
+            np.clip(slope + gain2 * surprise, -0.02, 0.02),
+            p11 * (1 - gain1),
+            p12 * (1 - gain1),
+            p22 - gain2 * p12,
+        ],
+        axis=-1,
+    )
 
 
 def _log_rates(memory: ForecastMemory) -> Floats:
@@ -284,14 +327,7 @@ def _hits(memory: ForecastMemory, y: Floats) -> tuple[Floats, Floats]:
 
 
 def _remembered(memory: ForecastMemory, y: Floats) -> ForecastMemory:
-    """Trend, recent steps and the days' memory with one more step."""
-    level, slope = memory.holt.T
-    if memory.steps == 0:
-        level, slope = y, np.zeros_like(y)
-    else:
-        told = level + 0.95 * slope
-        raised = told + 0.4 * (y - told)
-        level, slope = raised, 0.95 * slope + 0.1 * (y - told)
+    """Recent steps and the days' memory with one more step."""
     recent = np.concatenate([memory.recent[:, 1:], y[:, None]], axis=1)
     before = np.where(np.isnan(memory.usual), y, memory.usual)
     pace = max(1 / (memory.steps + 1), 1 / memory.settings.usual_steps)
@@ -303,8 +339,8 @@ def _remembered(memory: ForecastMemory, y: Floats) -> ForecastMemory:
         coarse[:, at % coarse.shape[1]] = total / steps
         total, steps, at = np.zeros_like(total), 0, at + 1
     return replace(
-        memory, holt=np.stack([level, slope], axis=1), usual=usual, recent=recent, coarse=coarse,
-        coarse_at=at, coarse_sum=total, coarse_steps=steps,
+        memory, usual=usual, recent=recent, coarse=coarse, coarse_at=at,
+        coarse_sum=total, coarse_steps=steps,
     )  # fmt: skip
 
 
@@ -319,10 +355,11 @@ def _points(memory: ForecastMemory, now_s: float) -> Floats:
     points[:, :, FAST] = logs[:, 1:2]
     points[:, :, SLOW] = logs[:, 2:]
     points[:, :, USUAL] = memory.usual[:, None]
-    ahead = np.asarray(STEPS_AHEAD, dtype=np.float64)
-    damped = 0.95 * (1 - 0.95**ahead) / 0.05
-    rise = memory.holt[:, 1:] * (damped + 1.0)  # the smoothed rate lags by about a step
-    points[:, :, TREND] = logs[:, :1] + np.clip(rise, -1.0, 1.0)
+    ahead_s = (np.asarray(STEPS_AHEAD) - 0.5) * memory.settings.step_s
+    lasting_s = TREND_LASTS_S * -np.expm1(-ahead_s / TREND_LASTS_S)
+    level, slope = memory.trend[:, None, :, 0], memory.trend[:, None, :, 1]
+    rise = np.clip(slope * lasting_s[None, :, None], -1.5, 1.5)
+    points[:, :, TREND : TREND + len(TREND_NOISE)] = level + rise
     for member, period_s in ((DAY, DAY_S), (WEEK, WEEK_S)):
         change = _change_before(memory, period_s)
         points[:, :, member] = logs[:, :1] + change
@@ -362,7 +399,7 @@ def _features(memory: ForecastMemory) -> Floats:
         np.ones(len(logs)),
         np.clip(logs[:, 1] - logs[:, 0], -2, 2),
         np.clip(logs[:, 0] - logs[:, 2], -2, 2),
-        np.clip(10 * memory.holt[:, 1], -2, 2),
+        np.clip(600 * memory.trend[:, 1, 1], -2, 2),
         np.clip(np.nan_to_num(day), -2, 2),
     ]
     return np.stack(columns, axis=1)

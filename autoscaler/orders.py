@@ -3,7 +3,7 @@
 From counts to commands, for one pool. What is firm is launched before what is a probe; reserved
 before spot before on-demand. What is too many goes in `damping`'s order, but never so that less
 stays ready than the present needs: a node that is to be replaced serves until its replacement does.
-A starting node is kept through a shortage if it will be there sooner than those that replace it.
+In a shortage, the starting nodes that will end it soonest are kept whatever is cheaper elsewhere.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from autoscaler.snapshot import Market, Node, NodeState, Snapshot
 
 _ORDER = {Market.RESERVED: 0, Market.SPOT: 1, Market.ON_DEMAND: 2}
 
-SOONER_S = 20.0
-"""A starting node that is ready so much sooner is worth keeping through a shortage."""
-
 
 def ordered(
     snapshot: Snapshot,
@@ -28,11 +25,13 @@ def ordered(
     probes: Mapping[str, int],
     capacity: Mapping[str, float],
     ready_needed: float,
+    keep: float,
     settings: DampingSettings,
 ) -> tuple[Command, ...]:
     """Commands that turn `nodes` (those that stay) into `counts` by group, and try `probes`.
 
-    `capacity`: of a node, by group; `ready_needed` in the same unit must stay ready.
+    `capacity`: of a node, by group; `ready_needed` in the same unit must stay ready,
+    and `keep` of ready and starting together.
     """
     held = Counter(node.group for node in nodes)
     launches = [
@@ -44,7 +43,8 @@ def ordered(
         nodes, snapshot.replicas, surplus, snapshot.now_s, snapshot.groups, snapshot.machines,
         settings,
     )  # fmt: skip
-    return (*launches, *_spared(going, snapshot, nodes, capacity, ready_needed))
+    firm = sum(capacity[g] * max(n - held[g], 0) for g, n in counts.items())
+    return (*launches, *_spared(going, nodes, capacity, ready_needed, keep - firm))
 
 
 def _launches(missing: Mapping[str, int], snapshot: Snapshot) -> list[Launch]:
@@ -60,27 +60,42 @@ def _launches(missing: Mapping[str, int], snapshot: Snapshot) -> list[Launch]:
 
 def _spared(
     going: Sequence[Stop | Drain],
-    snapshot: Snapshot,
     nodes: Sequence[Node],
     capacity: Mapping[str, float],
     ready_needed: float,
+    keep: float,
 ) -> list[Stop | Drain]:
-    """Those of `going` that the present can do without."""
+    """Those of `going` that the present, and the hold, can do without."""
     by_id = {node.id: node for node in nodes}
     ready = sum(capacity[node.group] for node in nodes if node.state is NodeState.READY)
-    leaving = {command.node for command in going}
-    latest_s = max(
-        (n.ready_s for n in nodes if n.state is NodeState.STARTING and n.id not in leaving),
-        default=snapshot.now_s,
-    )
+    awaited = _awaited(nodes, capacity, ready_needed - ready)
     kept: list[Stop | Drain] = []
+    whole = sum(capacity[node.group] for node in nodes)
     for command in going:
         node = by_id[command.node]
-        if isinstance(command, Drain):
-            if ready - capacity[node.group] < ready_needed - 1e-9:
-                continue
-            ready -= capacity[node.group]
-        elif ready < ready_needed - 1e-9 and node.ready_s < latest_s - SOONER_S:
+        size = capacity[node.group]
+        if whole - size < keep - 1e-9:
             continue
+        if isinstance(command, Drain):
+            if ready - size < ready_needed - 1e-9:
+                continue
+            ready -= size
+        elif node.id in awaited:
+            continue
+        whole -= size
         kept.append(command)
     return kept
+
+
+def _awaited(
+    nodes: Sequence[Node], capacity: Mapping[str, float], missing: float
+) -> frozenset[str]:
+    """The starting nodes that will be the first to fill what is `missing` now."""
+    awaited: list[str] = []
+    starting = [node for node in nodes if node.state is NodeState.STARTING]
+    for node in sorted(starting, key=lambda node: (node.ready_s, node.id)):
+        if missing <= 1e-9:
+            break
+        awaited.append(node.id)
+        missing -= capacity[node.group]
+    return frozenset(awaited)

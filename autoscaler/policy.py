@@ -39,12 +39,17 @@ from autoscaler.snapshot import Group, MachineType, Market, Model, Node, NodeSta
 
 Floats = NDArray[np.float64]
 
+_PARTS = 1000  # damping counts in whole numbers
+
 SLACK_SHARE = 0.5
 """The part of the slack that a backlog may take: the rest is for its being worked off."""
 
 DEDICATED_SHARE = 0.5
 """A replica that takes more of a machine has it for itself."""
 
+
+FOLLOW_SHARE = 0.5
+"""A demand that surprises a cold start ahead was half as surprising half-way there."""
 
 EXPLAINED_MAX = 4
 """Of so many pools the rejected options are told."""
@@ -58,21 +63,24 @@ class Settings:
     which its cold start is spread. `firm_probability`: a spot launch that is less likely than this
     to succeed is a probe. `scenarios`: how many states of the market are looked at. `joint_max`:
     up to so many models are decided on one by one. `zone_fraction_max`: the largest part of a
-    pool's capacity in one zone. `harm_factor`: what a late request costs, as a multiple of serving
-    it on demand. `reaction_s`: from an event to the decision that answers it. `late_tolerance`,
-    `cost_tolerance`: how much worse, relatively, the fleet may be than the best and still stay.
+    pool's capacity in one zone. `harm_factor`: the base price of a late request, as a multiple of
+    serving it on demand. `late_max`: more than this is never expected to be late by choice.
+    `reaction_s`: from an event to the decision that answers it. `hold_factor`: for how many cold
+    starts what is no longer needed is kept. `late_tolerance`, `cost_tolerance`: how much worse,
+    relatively, the fleet may be than the best and still stay.
     """
 
     demand: DemandSettings = field(default_factory=DemandSettings)
     hazard: HazardSettings = field(default_factory=HazardSettings)
     damping: DampingSettings = field(default_factory=DampingSettings)
-    interval_s: float = 10.0
+    interval_s: float = 15.0
     use_s: float = 3600.0
     firm_probability: float = 0.5
     scenarios: int = 16
     joint_max: int = 4
     zone_fraction_max: float = 1.0
-    harm_factor: float = 1.0
+    harm_factor: float = 10.0
+    late_max: float = 0.3
     reaction_s: float = 5.0
     hold_factor: float = 1.0
     late_tolerance: float = 0.3
@@ -82,11 +90,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What Shoal remembers from decision to decision."""
+    """What Shoal remembers from decision to decision. `damping`: of the models' wishes; `holding`:
+    of the capacity that was chosen for each pool.
+    """
 
     demand: DemandMemory
     hazard: HazardMemory
     damping: DampingMemory = field(default_factory=DampingMemory)
+    holding: DampingMemory = field(default_factory=DampingMemory)
     step: int = 0
 
 
@@ -128,10 +139,12 @@ class Pool:
     """Models that share nodes, and the nodes that they have.
 
     `unit`: the machine type that needs are counted in. `capacity`: of a node, by group, in that
-    unit; `ready_needed` in that unit: what must
-    stay ready. `safe_min`: nodes that nobody may reclaim. `replicas`: by model, allowed.
+    unit; `ready_needed`, in that unit: what must stay ready; `load`: what the arrivals keep busy.
+    `late_price`: of a late request, as a multiple of its base price. `safe_min`: nodes that nobody
+    may reclaim. `packed`: the models' replicas, as many as are allowed.
     """
 
+    name: str
     unit: str
     rows: tuple[int, ...]
     capacity: Mapping[str, float]
@@ -139,7 +152,10 @@ class Pool:
     needs: Needs
     ready_needed: float
     safe_min: int
-    late_max: float
+    late_price: float
+    load: float
+    calm_factor: float
+    shock_factor: float
     slack_s: float
     packed: tuple[Packed, ...]
 
@@ -161,13 +177,26 @@ def decide(snapshot: Snapshot, memory: Memory | None, settings: Settings) -> Dec
         return Decision(memory)
     wish = demand.demanded(snapshot, memory.demand, settings.demand)
     places = _places(snapshot, memory.hazard, settings)
-    holding, allowed = _damped(snapshot, memory.damping, wish, settings)
+    damped, allowed = _damped(snapshot, memory.damping, wish, settings)
     pools = _pooled(snapshot, wish, allowed, places, settings)
     survival, weight = _survival(snapshot, memory, places, settings)
     plans = [_chosen(pool, places, survival, weight, settings) for pool in pools]
-    learned = demand.told_late(wish, snapshot, memory.demand)
-    memory = Memory(learned, memory.hazard, holding, memory.step + 1)
-    return _decision(snapshot, memory, wish, allowed, plans, places, settings)
+    holding, keep = _held(snapshot, memory.holding, plans, settings)
+    learned = demand.told_late(wish, snapshot, memory.demand, *_told(plans, wish))
+    memory = Memory(learned, memory.hazard, damped, holding, memory.step + 1)
+    return _decision(snapshot, memory, wish, allowed, plans, keep, places, settings)
+
+
+def _told(plans: Sequence[Plan], wish: Demand) -> tuple[Floats, Floats]:
+    """The late shares [models] that the model itself predicts for the fleets that were chosen: in
+    calm times, and what shocks add.
+    """
+    calm, shock = np.zeros(len(wish.models)), np.zeros(len(wish.models))
+    for plan in plans:
+        rows, choice, pool = list(plan.pool.rows), plan.choice, plan.pool
+        calm[rows] = (choice.late - choice.late_shock) / pool.calm_factor
+        shock[rows] = choice.late_shock / pool.shock_factor
+    return calm, shock
 
 
 def _decision(
@@ -176,6 +205,7 @@ def _decision(
     wish: Demand,
     allowed: Mapping[str, Mapping[int, int]],
     plans: Sequence[Plan],
+    keep: Mapping[str, float],
     places: Mapping[str, Place],
     settings: Settings,
 ) -> Decision[Memory]:
@@ -186,7 +216,7 @@ def _decision(
         pool = plan.pool
         commands += ordered(
             snapshot, pool.nodes, plan.choice.counts, plan.probes, pool.capacity,
-            pool.ready_needed, settings.damping,
+            pool.ready_needed, keep[pool.name], settings.damping,
         )  # fmt: skip
     counts = {name: count for name, count in groups.items() if count}
     unit = {row: _unit(row, plans, wish) for row in range(len(wish.models))}
@@ -291,9 +321,31 @@ def _damped(
     return memory, allowed
 
 
+def _held(
+    snapshot: Snapshot, memory: DampingMemory, plans: Sequence[Plan], settings: Settings
+) -> tuple[DampingMemory, dict[str, float]]:
+    """The capacity, by pool, that was chosen at some time within the hold: it stays."""
+    chosen, holds = {}, {}
+    for plan in plans:
+        pool = plan.pool
+        capacity = sum(pool.capacity[g] * n for g, n in plan.choice.counts.items())
+        chosen[pool.name] = math.floor(capacity * _PARTS)
+        cold_s = snapshot.machines[pool.unit].cold_start_s
+        holds[pool.name] = settings.hold_factor * damping.break_even_hold_s(1.0, cold_s, 0.0)
+    memory, held = damping.damped(memory, chosen, snapshot.now_s, settings.damping, holds)
+    return memory, {name: parts / _PARTS for name, parts in held.items()}
+
+
 def _bounded(count: int, model: Model) -> int:
     most = count if model.replicas_max is None else min(count, model.replicas_max)
     return max(most, model.replicas_min)
+
+
+def _within(needs: Floats, model: Model) -> Floats:
+    """Fractional needs within the model's bounds."""
+    most = np.inf if model.replicas_max is None else float(model.replicas_max)
+    bounded: Floats = np.clip(needs, float(model.replicas_min), max(most, model.replicas_min))
+    return bounded
 
 
 def _pooled(
@@ -376,11 +428,11 @@ def _alone(
     model = wish.models[row]
     unit = machines[0]
     rate = {name: max(float(wish.node_rps[name][row]), 1e-9) for name in machines}
-    extra = allowed[unit][row] - int(wish.wanted[unit][row])
-    needs = np.array([_bounded(int(n) + max(extra, 0), model) for n in wish.needs[unit][row]])
+    needs = _within(wish.needs[unit][row], model)
     follow_s = snapshot.machines[unit].cold_start_s
-    gap_s = np.where(wish.levels <= 0.5, np.inf, follow_s)
+    gap_s = np.where(wish.levels <= 0.5, np.inf, follow_s * FOLLOW_SHARE)
     return Pool(
+        name=f"model {model.name}",
         unit=unit,
         rows=(row,),
         capacity={
@@ -389,13 +441,23 @@ def _alone(
             if place.group.machine in rate
         },
         nodes=tuple(n for n in nodes if snapshot.groups[n.group].machine in rate),
-        needs=Needs(needs.astype(np.float64), wish.weight, gap_s),
+        needs=Needs(needs, _by_requests(wish.weight, needs), gap_s),
         ready_needed=float(_bounded(int(wish.present[unit][row]), model)),
         safe_min=model.on_demand_min,
-        late_max=float(wish.late_allowed[row]),
+        late_price=float(wish.late_price[row]),
+        load=float(wish.rate_rps[row] / model.curves[unit].rate_max_rps),
+        calm_factor=float(wish.calm_factor[row]),
+        shock_factor=float(wish.shock_factor[row]),
         slack_s=float(wish.slack_s[row]) * SLACK_SHARE,
         packed=(Packed(model.name, 1.0, allowed[unit][row], model.on_demand_min),),
     )
+
+
+def _by_requests(weight: Floats, needs: Floats) -> Floats:
+    """Weights of time turned into weights of requests: a busy minute holds more of them."""
+    busy = weight * np.maximum(needs, 1e-9)
+    shares: Floats = busy / busy.sum()
+    return shares
 
 
 def _shared(
@@ -421,15 +483,20 @@ def _shared(
         for p, row in zip(packed, rows, strict=True)
     ]
     rates = np.maximum(wish.rate_rps[list(rows)], 1e-9)
+    need = float(nodes_needed([(p.share, p.count) for p in packed]))
     return Pool(
+        name=f"machine {machine}",
         unit=machine,
         rows=tuple(rows),
         capacity={name: 1.0 for name, p in places.items() if p.group.machine == machine},
         nodes=tuple(nodes),
-        needs=Needs.certain(float(nodes_needed([(p.share, p.count) for p in packed]))),
+        needs=Needs.certain(need),
         ready_needed=float(nodes_needed(present)),
         safe_min=nodes_needed([(p.share, p.safe) for p in packed]),
-        late_max=float(np.average(wish.late_allowed[list(rows)], weights=rates)),
+        late_price=float(np.average(wish.late_price[list(rows)], weights=rates)),
+        load=need,
+        calm_factor=1.0,
+        shock_factor=float(np.average(wish.shock_factor[list(rows)], weights=rates)),
         slack_s=float(wish.slack_s[list(rows)].min()) * SLACK_SHARE,
         packed=packed,
     )
@@ -506,20 +573,22 @@ def _problem(
         for name in names
     )
     prices = [o.cost_usd_h / max(o.capacity, 1e-9) for o in options if not o.zone]
+    states = (
+        np.stack([survival[name] for name in names], axis=1) if names else np.ones((len(weight), 0))
+    )
+    is_calm = states.min(axis=1, initial=1.0) >= 1.0
     shocks = Shocks(
-        np.stack([survival[name] for name in names], axis=1)
-        if names
-        else np.ones((len(weight), 0)),
-        weight,
+        states,
+        weight * np.where(is_calm, pool.calm_factor, pool.shock_factor),
         np.full(len(weight), max((places[name].gap_s for name in names), default=0.0)),
     )
     return Problem(
         options=_with_floor(options, pool, places),
         needs=pool.needs,
         shocks=shocks,
-        late_max=pool.late_max,
+        late_max=settings.late_max,
         slack_s=pool.slack_s,
-        harm_usd_h=settings.harm_factor * max(prices, default=0.0) * need,
+        harm_usd_h=settings.harm_factor * pool.late_price * max(prices, default=0.0) * pool.load,
         zone_fraction_max=settings.zone_fraction_max,
     )
 
@@ -604,7 +673,6 @@ def _expected(plans: Sequence[Plan], snapshot: Snapshot, wish: Demand) -> Expect
     late = np.ones(len(wish.models))
     for plan in plans:
         rows = list(plan.pool.rows)
-        queue = wish.late_allowed[rows] * demand.QUEUE_SHARE
-        late[rows] = np.minimum(plan.choice.late + queue, 1.0)
+        late[rows] = min(plan.choice.late, 1.0)
     rates = np.maximum(wish.rate_rps, 1e-12)
     return Expected(float(cost), float(1 - np.average(late, weights=rates)))

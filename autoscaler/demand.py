@@ -99,9 +99,10 @@ class Demand:
     """Needs by model (rows) in replicas.
 
     `levels` [J]: quantiles of the forecast; `weight` [J]: the probability that each stands for.
-    `needs`: by machine type [M, J], fractions, 0 where a model can't run on it. `wanted`: by machine
-    type [M], at the share that may be late. `present`: by machine type [M], for what arrives right now.
-    `node_rps`: by machine type [M], the rate that one replica carries in such company.
+    `needs`: by machine type [M, J], fractions, 0 where a model can't run on it. `wanted`: by
+    machine type [M], at the share that may be late. `present`: by machine type [M], for what
+    arrives right now. `node_rps`: by machine type [M], the rate that one replica carries in such
+    company.
     `slack_s` [M]: how long most requests can wait and still be on time; `queue_excess` [M]:
     requests that have no hope of that unless more is added. `calm_factor`, `shock_factor` [M]: of
     `calibration`. `late_planned` [M]: the share planned to be late, `late_price` [M]: what a late

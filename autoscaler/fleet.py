@@ -100,7 +100,8 @@ class Problem:
     """A fleet to choose. `slack_s`: how long a request may wait and still be on time.
 
     `harm_usd_h`: what it would cost if every request were late. `zone_fraction_max`: the largest
-    part of the capacity that one zone may hold (1: no cap).
+    part of the capacity that one zone may hold (1: no cap). `calm_factor`, `shock_factor`: what
+    late shares have been, measured, as multiples of what this model makes of them (`calibration`).
     """
 
     options: tuple[Option, ...]
@@ -110,6 +111,18 @@ class Problem:
     slack_s: float = 0.0
     harm_usd_h: float = 0.0
     zone_fraction_max: float = 1.0
+    calm_factor: float = 1.0
+    shock_factor: float = 1.0
+
+    def weights(self) -> Floats:
+        """What each state counts with each need [S, J]. Lateness that is only a risk counts by the
+        factors; that of a demand which stays is certain.
+        """
+        is_calm = self.shocks.survival.min(axis=1, initial=1.0) >= 1.0
+        calm = np.where(np.isinf(self.needs.gap_s), 1.0, self.calm_factor)
+        trust = np.where(is_calm[:, None], calm[None, :], self.shock_factor)
+        weights: Floats = self.shocks.weight[:, None] * self.needs.weight[None, :] * trust
+        return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +176,7 @@ class _Judge:
         needs, shocks = problem.needs, problem.shocks
         slack_s = max(problem.slack_s, 1e-3)
         self.need = needs.capacity.reshape(1, 1, -1)
-        self.weight = shocks.weight[:, None] * needs.weight[None, :]  # [S, J]
+        self.weight = problem.weights()
         self.shock_gap = shocks.gap_s.reshape(1, -1, 1) / slack_s
         self.need_gap = np.minimum(needs.gap_s, 1e9).reshape(1, 1, -1) / slack_s
 

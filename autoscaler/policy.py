@@ -576,10 +576,9 @@ def _problem(
     states = (
         np.stack([survival[name] for name in names], axis=1) if names else np.ones((len(weight), 0))
     )
-    is_calm = states.min(axis=1, initial=1.0) >= 1.0
     shocks = Shocks(
         states,
-        weight * np.where(is_calm, pool.calm_factor, pool.shock_factor),
+        weight,
         np.full(len(weight), max((places[name].gap_s for name in names), default=0.0)),
     )
     return Problem(
@@ -590,6 +589,8 @@ def _problem(
         slack_s=pool.slack_s,
         harm_usd_h=settings.harm_factor * pool.late_price * max(prices, default=0.0) * pool.load,
         zone_fraction_max=settings.zone_fraction_max,
+        calm_factor=pool.calm_factor,
+        shock_factor=pool.shock_factor,
     )
 
 

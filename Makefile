@@ -7,11 +7,11 @@ MAKEFLAGS += --no-print-directory
 PY := .venv/bin/python
 VLLM := $(or $(findstring llm-gpu,$(EXTRAS)),llm-cpu)
 
-.PHONY: help demo test check format setup lock docs bench clean
+.PHONY: help demo test check format setup lock docs bench bench-autoscaling clean
 
 help:  ## these lines
-	@grep -hE '^[a-z]+: .*## |^[a-z]+:  ## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
-		while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+: .*## |^[a-z-]+:  ## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | \
+		while IFS=$$'\t' read -r name text; do printf '  make %-17s %s\n' "$$name" "$$text"; done
 
 demo:  ## set up, start a cluster here, deploy the examples and ask each one something (LLM=1: chat too)
 	@scripts/setup examples $(if $(LLM),$(VLLM))
@@ -47,6 +47,10 @@ docs:  ## write the generated pages of docs/ anew
 bench:  ## measure serving side by side with other servers (see benchmarks/README.md; takes long)
 	@scripts/setup examples dev
 	@$(PY) -m benchmarks.serving $(ARGS)
+
+bench-autoscaling:  ## play every policy in every recorded market (../shared/traces; takes hours)
+	@scripts/setup dev
+	@$(PY) -m benchmarks.autoscaling $(ARGS)
 
 clean:  ## remove .venv and everything that can be made again
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist ./*.egg-info

@@ -34,7 +34,7 @@ class BudgetSettings:
     `window_s`: after which what happened counts 1/e.
     """
 
-    margin: float = 0.15
+    margin: float = 0.25
     patience_s: float = 3 * 3600.0
     reserve_max_s: float = 9 * 3600.0
     window_s: float = 7 * 86400.0

@@ -241,6 +241,10 @@ def _late_now(model: Model, snapshot: Snapshot, rate_rps: float) -> float:
     return queueing.late_fraction_mixed(rate_rps, kinds, model.slo.latency_ms)
 
 
+_Columns = tuple[Ints, Ints, Floats, Floats]
+"""What is worked out by row: wanted, present, needs, node_rps."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Sized:
     needs: Floats
@@ -309,49 +313,55 @@ class _Sizing:
         peak = self.told.rate_rps[rows, : place + 1].max(axis=1) + more[:, None]
         risk = self.at_risk(place)[rows] + more
         now = self.told.rate_rps[rows, 0, _PRESENT_LEVEL] + more
-        wanted[rows] = self._sized(machine, rows, risk)
-        present[rows] = self._sized(machine, rows, now)
-        node_rps[rows] = self._carried(machine, rows, wanted[rows])
-        if count <= MODELS_FEW:
-            low = self._carried(machine, rows, self._sized(machine, rows, peak[:, 0]))
-            needs[rows] = _parts(peak, low, node_rps[rows])
-        else:
-            needs[rows] = wanted[rows, None]
+        size = self._sized_few if count <= MODELS_FEW else self._sized_many
+        size(machine, rows, np.column_stack([risk, now, peak]), (wanted, present, needs, node_rps))
         return _Sized(needs, wanted, present, node_rps)
 
-    def _sized(self, machine: str, rows: Ints, rates: Floats) -> Ints:
-        """Whole replicas for `rates` [rows]."""
-        return queueing.replicas_needed(
-            rates,
-            self._curves(machine, rows),
-            self.slo_ms[rows],
-            self.queue_late[rows],
-            self.dispersion[rows],
-            residual=self.residual.late[rows],
-        ).replicas
+    def _sized_few(self, machine: str, rows: Ints, rates: Floats, into: _Columns) -> None:
+        """A model at a time: each quantile of its rate becomes a need, in fractions of replicas."""
+        wanted, present, needs, node_rps = into
+        for k, row in enumerate(rows):
+            curve = Curves.of(self.models[row].curves[machine])
+            told = rates[k]
+            whole = queueing.replicas_needed(
+                told[:3], curve, self.slo_ms[row], self.queue_late[row], self.dispersion[row],
+                residual=self.residual.late[row],
+            ).replicas  # fmt: skip
+            carried = self._carried(curve, whole[[2, 0]], row)
+            wanted[row], present[row], node_rps[row] = whole[0], whole[1], carried[1]
+            needs[row] = _parts(told[2:], carried[0], carried[1])
 
-    def _carried(self, machine: str, rows: Ints, replicas: Ints) -> Floats:
+    def _sized_many(self, machine: str, rows: Ints, rates: Floats, into: _Columns) -> None:
+        """All models at once: what is wanted at the planned share serves for every quantile."""
+        wanted, present, needs, node_rps = into
+        curves = self._curves(machine, rows)
+        for column, counts in ((0, wanted), (1, present)):
+            counts[rows] = queueing.replicas_needed(
+                rates[:, column], curves, self.slo_ms[rows], self.queue_late[rows],
+                self.dispersion[rows], residual=self.residual.late[rows],
+            ).replicas  # fmt: skip
+        needs[rows] = wanted[rows, None]
+        node_rps[rows] = curves.rate_max_rps
+
+    def _carried(self, curve: Curves, replicas: Ints, row: int) -> Floats:
         """The rate that one of so many replicas carries: the more there are, the more each can."""
-        curves, count = self._curves(machine, rows), np.maximum(replicas, 1)
+        count = np.maximum(replicas, 1)
         carried = queueing.rate_max_rps(
-            count, curves, self.slo_ms[rows], np.maximum(self.queue_late[rows], 1e-3),
-            self.dispersion[rows],
-        )  # fmt: skip
+            count, curve, self.slo_ms[row], max(self.queue_late[row], 1e-3), self.dispersion[row]
+        )
         each: Floats = carried / count
-        return np.where(each > 0, each, 0.9 * curves.rate_max_rps)
+        return np.where(each > 0, each, 0.9 * curve.rate_max_rps)
 
     def _curves(self, machine: str, rows: Sequence[int] | Ints) -> Curves:
         return Curves.of([self.models[row].curves[machine] for row in rows])
 
 
-def _parts(rates: Floats, low_rps: Floats, high_rps: Floats) -> Floats:
-    """Replicas [M, J] for rising `rates` [M, J], as fractions: what each carries lies between
-    `low_rps` [M], at the first rate, and `high_rps` [M], at the last.
+def _parts(rates: Floats, low_rps: float, high_rps: float) -> Floats:
+    """Replicas [J] for rising `rates` [J], as fractions: what each carries lies between `low_rps`,
+    at the first rate, and `high_rps`, at the last.
     """
-    first, last = rates[:, :1], rates[:, -1:]
-    place = (rates - first) / np.maximum(last - first, 1e-12)
-    each = low_rps[:, None] + np.clip(place, 0.0, 1.0) * (high_rps - low_rps)[:, None]
-    parts: Floats = rates / np.maximum(each, 1e-12)
+    place = (rates - rates[0]) / max(float(rates[-1] - rates[0]), 1e-12)
+    parts: Floats = rates / np.maximum(low_rps + place * (high_rps - low_rps), 1e-12)
     return parts
 
 

@@ -139,13 +139,17 @@ class Choice:
     late_shock: float = 0.0
 
 
-def choose(problem: Problem) -> Choice:
-    """The cheapest fleet that keeps the constraints; without one, the least late it can have."""
+def choose(problem: Problem, *, is_thorough: bool = True) -> Choice:
+    """The cheapest fleet that keeps the constraints; without one, the least late it can have.
+
+    Not `is_thorough`: a large problem is descended from the fleet that is held, by single moves
+    and swaps only: enough where little has changed.
+    """
     judge = _Judge(problem)
     if not problem.options:
         return judge.choice(np.zeros(0, dtype=np.int64))
     span = math.prod(float(o.count_max - o.count_min + 1) for o in problem.options)
-    counts = _enumerated(judge) if span <= EXACT_MAX else _descended(judge)
+    counts = _enumerated(judge) if span <= EXACT_MAX else _descended(judge, is_thorough)
     return judge.choice(counts)
 
 
@@ -251,8 +255,10 @@ def _enumerated(judge: _Judge) -> NDArray[np.int64]:
     return best
 
 
-def _descended(judge: _Judge) -> NDArray[np.int64]:
+def _descended(judge: _Judge, is_thorough: bool = True) -> NDArray[np.int64]:
     """The best end of descents from the fleet that is held, a cheap one and a spread one."""
+    if not is_thorough:
+        return _descent(judge, judge.held.clip(judge.low, judge.high), is_thorough=False)
     starts = np.unique(np.array([judge.held, *_filled(judge)]).clip(judge.low, judge.high), axis=0)
     ends = np.array([_descent(judge, start) for start in starts])
     best: NDArray[np.int64] = ends[int(np.argmin(judge.score(ends)))]
@@ -282,13 +288,15 @@ def _fill(judge: _Judge, order: NDArray[np.int64], need: float, ways: int) -> ND
     return counts
 
 
-def _descent(judge: _Judge, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _descent(
+    judge: _Judge, counts: NDArray[np.int64], *, is_thorough: bool = True
+) -> NDArray[np.int64]:
     """Best-improving moves until none improves."""
     size = int(max(judge.high.max(), 1))
     step = 1 << max(int(math.log2(max(counts.max(), 1))) - 1, 0)
-    step = min(step, size)
+    step = min(step, size) if is_thorough else min(2, size)
     best = float(judge.score(counts[None])[0])
-    moves = _moves(len(counts))
+    moves = _moves(len(counts), is_thorough)
     while step >= 1:
         candidates = (counts + step * moves).clip(judge.low, judge.high)
         scores = judge.score(candidates)
@@ -301,12 +309,12 @@ def _descent(judge: _Judge, counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 @cache
-def _moves(options: int) -> NDArray[np.int64]:
+def _moves(options: int, is_thorough: bool) -> NDArray[np.int64]:
     """One more, one less, and each swap of one for one (of few options, for two)."""
     one = np.eye(options, dtype=np.int64)
     pairs = [(a, b) for a in range(options) for b in range(options) if a != b]
     swaps = [one[a] - one[b] for a, b in pairs]
-    if options <= UNEVEN_MAX:
+    if is_thorough and options <= UNEVEN_MAX:
         swaps += [one[a] - 2 * one[b] for a, b in pairs] + [2 * one[a] - one[b] for a, b in pairs]
         swaps += [one[a] - one[b] - one[c] for a, b in pairs for c in range(b) if c != a]
     return np.concatenate([one, -one, np.array(swaps, dtype=np.int64).reshape(-1, options)])

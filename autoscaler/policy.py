@@ -61,13 +61,15 @@ class Settings:
 
     `interval_s`: how often to decide. `use_s`: for how long a node is expected to be of use, over
     which its cold start is spread. `firm_probability`: a spot launch that is less likely than this
-    to succeed is a probe. `scenarios`: how many states of the market are looked at. `joint_max`:
-    up to so many models are decided on one by one. `zone_fraction_max`: the largest part of a
-    pool's capacity in one zone. `harm_factor`: the base price of a late request, as a multiple of
-    serving it on demand. `late_max`: more than this is never expected to be late by choice.
-    `reaction_s`: from an event to the decision that answers it. `hold_factor`: for how many cold
-    starts what is no longer needed is kept. `late_tolerance`, `cost_tolerance`: how much worse,
-    relatively, the fleet may be than the best and still stay.
+    to succeed is a probe. `scenarios`: how many states of the market are looked at.
+    `thorough_every`: every so many decisions, and after each event, the fleet is looked for anew
+    and not only round the one that is held. `joint_max`: up to so many models are decided on one
+    by one. `zone_fraction_max`: the largest part of a pool's capacity in one zone. `harm_factor`:
+    the base price of a late request, as a multiple of serving it on demand. `late_max`: more than
+    this is never expected to be late by choice. `reaction_s`: from an event to the decision that
+    answers it. `hold_factor`: for how many cold starts what is no longer needed is kept.
+    `late_tolerance`, `cost_tolerance`: how much worse, relatively, the fleet may be than the best
+    and still stay.
     """
 
     demand: DemandSettings = field(default_factory=DemandSettings)
@@ -76,7 +78,8 @@ class Settings:
     interval_s: float = 15.0
     use_s: float = 3600.0
     firm_probability: float = 0.5
-    scenarios: int = 16
+    scenarios: int = 12
+    thorough_every: int = 4
     joint_max: int = 4
     zone_fraction_max: float = 1.0
     harm_factor: float = 10.0
@@ -180,7 +183,10 @@ def decide(snapshot: Snapshot, memory: Memory | None, settings: Settings) -> Dec
     damped, allowed = _damped(snapshot, memory.damping, wish, settings)
     pools = _pooled(snapshot, wish, allowed, places, settings)
     survival, weight = _survival(snapshot, memory, places, settings)
-    plans = [_chosen(pool, places, survival, weight, settings) for pool in pools]
+    is_thorough = bool(snapshot.events) or memory.step % settings.thorough_every == 0
+    plans = [
+        _chosen(pool, places, survival, weight, settings, is_thorough=is_thorough) for pool in pools
+    ]
     holding, keep = _held(snapshot, memory.holding, plans, settings)
     learned = demand.told_late(wish, snapshot, memory.demand, *_told(plans, wish))
     memory = Memory(learned, memory.hazard, damped, holding, memory.step + 1)
@@ -520,16 +526,19 @@ def _chosen(
     survival: Mapping[str, Floats],
     weight: Floats,
     settings: Settings,
+    *,
+    is_thorough: bool,
 ) -> Plan:
     """The firm fleet, and what would be cheaper where a launch may well fail: probes."""
     held = Counter(node.group for node in pool.nodes)
     firm = _problem(pool, places, held, survival, weight, settings, with_probes=False)
-    choice = _settled(firm, fleet.choose(firm), settings)
+    choice = _settled(firm, fleet.choose(firm, is_thorough=is_thorough), settings)
     doubtful = [g for g in pool.capacity if not places[g].is_firm and places[g].free > 0]
     if not doubtful:
         return Plan(pool, choice, firm, {})
     hopeful = fleet.choose(
-        _problem(pool, places, held, survival, weight, settings, with_probes=True)
+        _problem(pool, places, held, survival, weight, settings, with_probes=True),
+        is_thorough=is_thorough,
     )
     probes = {
         group: int(min(hopeful.counts[group] - choice.counts.get(group, 0), places[group].free))

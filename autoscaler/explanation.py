@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from autoscaler.decision import Command, Drain, Launch, Reason, Rejected, Stop
 from autoscaler.demand import Demand
 from autoscaler.fleet import Choice, Problem, judged
-from autoscaler.snapshot import EventKind, Market, Snapshot
+from autoscaler.snapshot import EventKind, Market, NodeState, Snapshot
 
 REJECTED_MAX = 6
 
@@ -20,10 +20,17 @@ REJECTED_MAX = 6
 def reason_for(
     snapshot: Snapshot, wish: Demand, choices: Sequence[Choice], commands: Sequence[Command]
 ) -> Reason:
-    """The most pressing fact, for a label or a legend."""
+    """The most pressing fact, for a label or a legend.
+
+    A launch into a fleet that needn't grow is a probe, or a move, to where it is cheaper.
+    """
     kinds = {event.kind for event in snapshot.events}
     launches = any(isinstance(command, Launch) for command in commands)
     leaves = any(isinstance(command, Drain | Stop) for command in commands)
+    staying = sum(
+        node.reclaim_s is None and node.state is not NodeState.DRAINING for node in snapshot.nodes
+    )
+    grows = sum(sum(choice.counts.values()) for choice in choices) > staying
     facts = (
         (not all(choice.is_feasible for choice in choices), Reason.SHORT),
         (EventKind.RECLAIMED in kinds, Reason.RECLAIM),
@@ -31,7 +38,7 @@ def reason_for(
         (EventKind.LAUNCH_FAILED in kinds and launches, Reason.LAUNCH_FAILED),
         (not wish.is_covered and launches, Reason.COVERAGE_LOST),
         (launches and bool((wish.queue_excess > 0).any()), Reason.QUEUE_GROWING),
-        (launches and leaves, Reason.CHEAPER),
+        (launches and (leaves or not grows), Reason.CHEAPER),
         (launches, Reason.DEMAND_RISING),
         (leaves, Reason.DEMAND_FALLING),
     )
@@ -81,13 +88,15 @@ def rejected(
     for i, option in sorted(enumerate(options), key=lambda pair: -pair[1].cost_usd_h):
         if counts[i] > option.count_min:
             less = judged(problem, [n - (i == k) for k, n in enumerate(counts)])
-            why = f"{100 * less.late:.2g} % would be late, {100 * choice.late:.2g} % are to be"
+            why = f"{100 * less.late:.3g} % would be late, {100 * choice.late:.3g} % are to be"
             found.append(Rejected(f"one {option.group} less", less.cost_usd_h, why))
             break
-    safe = [o for o in options if snapshot.groups[o.group].market is not Market.SPOT]
-    if safe and len(safe) < len(options):
+    market = {option.group: snapshot.groups[option.group].market for option in options}
+    is_on_spot = any(n and market[group] is Market.SPOT for group, n in choice.counts.items())
+    firm = [option for option in options if market[option.group] is Market.ON_DEMAND]
+    if firm and is_on_spot:
         need = float(problem.needs.capacity.max())
-        best = min(safe, key=lambda o: o.cost_usd_h / max(o.capacity, 1e-9))
+        best = min(firm, key=lambda o: o.cost_usd_h / max(o.capacity, 1e-9))
         cost = need / max(best.capacity, 1e-9) * best.cost_usd_h
         found.append(Rejected("on-demand only", cost, "costs more at the same objective"))
     for option, count in zip(options, counts, strict=True):

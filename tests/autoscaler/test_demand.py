@@ -21,7 +21,6 @@ from tests.autoscaler.snapshots import (
     a_snapshot,
     a_traffic,
     nodes_in,
-    replicas_on,
     some_groups,
 )
 
@@ -170,26 +169,24 @@ def test_a_longer_queue_never_needs_less(one: int, other: int, count: int) -> No
 # ── what is late, and whose it is ─────────────────────────────────────────────────────────────
 
 
-def told(late: int, ready_for_s: float, steps: int = 3) -> float:
-    """The price of lateness after some minutes in which `late` requests of each were late, by a
-    model whose replicas have been ready for so long.
+def late_price(late: int, *, is_starting: bool) -> float:
+    """What a late request costs after some minutes in which `late` requests of each were late.
+
+    A model that starts has replicas since a moment, and a queue that they have yet to clear.
     """
-    nodes = nodes_in(SPOT_A, 7, ready_s=-ready_for_s)
-    model = a_model(traffic=a_traffic(50.0, late=late))
-    story = [
-        a_snapshot(now_s=60.0 * k, nodes=nodes, models=[model], replicas=replicas_on(nodes))
-        for k in range(steps)
-    ]
+    nodes = nodes_in(SPOT_A, 7, ready_s=0.0 if is_starting else -7200.0)
+    model = a_model(traffic=a_traffic(50.0, late=late, queued=3000 if is_starting else 0))
+    story = [a_snapshot(now_s=60.0 * k, nodes=nodes, models=[model]) for k in range(3)]
     return float(asked(*story).late_price[0])
 
 
 def test_what_is_late_while_the_first_replicas_come_up_is_no_debt() -> None:
-    assert told(late=0, ready_for_s=0.0) == told(late=2000, ready_for_s=0.0)
-    assert told(late=2000, ready_for_s=demand.BEGIN_S) > told(late=0, ready_for_s=demand.BEGIN_S)
+    assert late_price(2000, is_starting=True) == late_price(0, is_starting=True)
+    assert late_price(2000, is_starting=False) > late_price(0, is_starting=False)
 
 
 def test_what_is_late_while_nothing_is_ready_is_no_debt() -> None:
-    model = a_model(traffic=a_traffic(50.0, late=2000))
+    model = a_model(traffic=a_traffic(50.0, late=2000, queued=1000))
     nothing = [a_snapshot(now_s=60.0 * k, models=[model]) for k in range(3)]
     assert asked(*nothing).late_price[0] <= 1.0
 

@@ -39,13 +39,12 @@ def orders(
     probes: Mapping[str, int] | None = None,
     capacity: Mapping[str, float] | None = None,
     ready_needed: float = 0.0,
-    keep: float = 0.0,
     damping: DampingSettings = AT_ONCE,
 ) -> tuple[Command, ...]:
     """Commands, in a world where a quarter more or less is no matter unless told."""
     sizes = dict.fromkeys((group.name for group in GROUPS), 1.0) | dict(capacity or {})
     snapshot = a_snapshot(groups=GROUPS, nodes=nodes)
-    return ordered(snapshot, nodes, counts, probes or {}, sizes, ready_needed, keep, damping)
+    return ordered(snapshot, nodes, counts, probes or {}, sizes, ready_needed, damping)
 
 
 def starting(group: str, ready_s: Sequence[float]) -> list[Node]:
@@ -113,18 +112,6 @@ def test_in_a_shortage_the_nodes_that_end_it_soonest_are_waited_for() -> None:
     nodes = [*nodes_in(SPOT_A, 1), *starting(ON_DEMAND, [20.0, 30.0, 90.0])]
     commands = orders(nodes, {SPOT_A: 4}, ready_needed=3.0)
     assert commands == (Launch(SPOT_A, 3), Stop(f"{ON_DEMAND}+90"))
-
-
-def test_what_is_to_be_kept_stays_although_nobody_needs_it_now() -> None:
-    nodes = nodes_in(SPOT_A, 6)
-    assert orders(nodes, {SPOT_A: 3}, keep=6.0) == ()
-    assert len(orders(nodes, {SPOT_A: 3}, keep=4.0)) == 2
-
-
-def test_what_is_launched_counts_for_what_is_kept() -> None:
-    nodes = nodes_in(ON_DEMAND, 2)
-    commands = orders(nodes, {SPOT_A: 2}, keep=2.0)
-    assert [type(command) for command in commands] == [Launch, Drain, Drain]
 
 
 def test_not_too_many_drain_at_a_time() -> None:

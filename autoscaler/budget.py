@@ -30,13 +30,17 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True, slots=True)
 class BudgetSettings:
     """`margin`: the part of the budget that is never planned to be spent. `patience_s`: the reserve
-    that makes the price fall to 1/e. `reserve_max_s`: the largest reserve, or debt, that counts.
-    `window_s`: after which what happened counts 1/e.
+    that makes the price fall to 1/e; less while less has been seen, `patience_part` of that time
+    but `patience_min_s` at least (a step size that shrinks with time). The price stays between
+    1 / `multiple_max` and `multiple_max` of its base. `window_s`: after which what happened counts
+    1/e.
     """
 
     margin: float = 0.25
     patience_s: float = 3 * 3600.0
-    reserve_max_s: float = 9 * 3600.0
+    patience_min_s: float = 1800.0
+    patience_part: float = 0.25
+    multiple_max: float = 5.0
     window_s: float = 7 * 86400.0
 
 
@@ -75,16 +79,19 @@ def reserve_s(
     was saved; negative for a debt.
     """
     planned = planned_share(attainment, settings)
-    flow = np.maximum(planned * rate_rps, 1e-9)
-    saved = (planned * budget.seen - budget.late) / flow
-    bounded: Floats = np.clip(saved, -settings.reserve_max_s, settings.reserve_max_s)
-    return bounded
+    saved: Floats = (planned * budget.seen - budget.late) / np.maximum(planned * rate_rps, 1e-9)
+    return saved
 
 
 def price(budget: Budget, rate_rps: Floats, attainment: Floats, settings: BudgetSettings) -> Floats:
     """What a late request costs, by model, as a multiple of its base price."""
-    saved = reserve_s(budget, rate_rps, attainment, settings)
-    multiple: Floats = np.exp(-saved / settings.patience_s)
+    seen_s = budget.seen / np.maximum(rate_rps, 1e-9)
+    patience_s = np.clip(
+        settings.patience_part * seen_s, settings.patience_min_s, settings.patience_s
+    )
+    saved = reserve_s(budget, rate_rps, attainment, settings) / patience_s
+    most = np.log(settings.multiple_max)
+    multiple: Floats = np.exp(-np.clip(saved, -most, most))
     return multiple
 
 

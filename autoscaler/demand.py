@@ -53,9 +53,6 @@ WARM_UP_S = 120.0
 SHOCK_S = 900.0
 """For so long after nodes were taken, what is late is the shock's."""
 
-BEGIN_S = 300.0
-"""For so long after a model's first replica has become ready, what is late is its start's."""
-
 _PRESENT_LEVEL = 2
 """The quantile of the present rate (0.9) that must stay served when nodes are given back."""
 
@@ -78,7 +75,9 @@ class DemandMemory:
 
     `late_told` [M]: the late share predicted for the replicas that were ready last time.
     `told_calm`, `told_shock` [M]: the late shares that were predicted for the fleet chosen last
-    time. `shock_s`: when nodes were last taken or given notice. `at_s`: when the last snapshot was.
+    time. `has_begun` [M]: whether there was ever a moment without a queue; what is late before,
+    while the first replicas come up, says nothing about the fleet, and is no debt. `shock_s`: when
+    nodes were last taken or given notice. `at_s`: when the last snapshot was.
     """
 
     names: tuple[str, ...]
@@ -90,6 +89,7 @@ class DemandMemory:
     calibration: Calibration
     told_calm: Floats
     told_shock: Floats
+    has_begun: NDArray[np.bool_]
     shock_s: float = -np.inf
     at_s: float | None = None
 
@@ -148,12 +148,14 @@ def observed(
             dispersion = queueing.observe_dispersion(dispersion, counts, bin_s)
     finished = np.array([t.finished for t in traffic], dtype=np.float64)
     late = np.array([t.late for t in traffic], dtype=np.float64)
-    late = np.where(_has_begun(snapshot), late, 0.0)
+    has_begun = memory.has_begun | np.array([t.finished > 0 and not t.queued for t in traffic])
+    late = np.where(has_begun, late, 0.0)
     steady = np.array([t.queued <= t.running for t in traffic]) & _is_warm(snapshot, models)
     memory = replace(
         memory,
         forecast=past,
         dispersion=dispersion,
+        has_begun=has_begun,
         residual=queueing.observe_residual(
             memory.residual, finished, late, memory.late_told, steady
         ),
@@ -447,18 +449,6 @@ def _is_warm(snapshot: Snapshot, models: Sequence[Model]) -> NDArray[np.bool_]:
     return np.array([model.name not in young for model in models], dtype=bool)
 
 
-def _has_begun(snapshot: Snapshot) -> NDArray[np.bool_]:
-    """Models that have had a ready replica for some time. What was late while the first one came up
-    says nothing about the fleet, and is no debt.
-    """
-    since: dict[str, float] = {}
-    for replica in snapshot.replicas:
-        if replica.is_ready:
-            since[replica.model] = min(since.get(replica.model, np.inf), replica.ready_s)
-    began_s = snapshot.now_s - BEGIN_S
-    return np.array([since.get(m.name, np.inf) <= began_s for m in snapshot.models], dtype=bool)
-
-
 def _fresh(names: tuple[str, ...], now_s: float, settings: DemandSettings) -> DemandMemory:
     count = len(names)
     return DemandMemory(
@@ -471,6 +461,7 @@ def _fresh(names: tuple[str, ...], now_s: float, settings: DemandSettings) -> De
         Calibration.fresh(count),
         np.zeros(count),
         np.zeros(count),
+        np.zeros(count, dtype=bool),
     )
 
 
@@ -490,6 +481,7 @@ def _aligned(memory: DemandMemory, names: tuple[str, ...]) -> DemandMemory:
         _moved(memory.calibration, places),
         _picked(memory.told_calm, places),
         _picked(memory.told_shock, places),
+        _picked(memory.has_begun, places),
         memory.shock_s,
         memory.at_s,
     )

@@ -142,14 +142,17 @@ class Choice:
 def choose(problem: Problem, *, is_thorough: bool = True) -> Choice:
     """The cheapest fleet that keeps the constraints; without one, the least late it can have.
 
-    Not `is_thorough`: a large problem is descended from the fleet that is held, by single moves
-    and swaps only: enough where little has changed.
+    Not `is_thorough`: the descent begins at the fleet that is held, and by small steps: enough
+    where little has changed.
     """
     judge = _Judge(problem)
     if not problem.options:
         return judge.choice(np.zeros(0, dtype=np.int64))
+    if not is_thorough:
+        held = judge.held.clip(judge.low, judge.high)
+        return judge.choice(_descent(judge, held, is_thorough=False))
     span = math.prod(float(o.count_max - o.count_min + 1) for o in problem.options)
-    counts = _enumerated(judge) if span <= EXACT_MAX else _descended(judge, is_thorough)
+    counts = _enumerated(judge) if span <= EXACT_MAX else _descended(judge)
     return judge.choice(counts)
 
 
@@ -255,10 +258,8 @@ def _enumerated(judge: _Judge) -> NDArray[np.int64]:
     return best
 
 
-def _descended(judge: _Judge, is_thorough: bool = True) -> NDArray[np.int64]:
+def _descended(judge: _Judge) -> NDArray[np.int64]:
     """The best end of descents from the fleet that is held, a cheap one and a spread one."""
-    if not is_thorough:
-        return _descent(judge, judge.held.clip(judge.low, judge.high), is_thorough=False)
     starts = np.unique(np.array([judge.held, *_filled(judge)]).clip(judge.low, judge.high), axis=0)
     ends = np.array([_descent(judge, start) for start in starts])
     best: NDArray[np.int64] = ends[int(np.argmin(judge.score(ends)))]
@@ -310,7 +311,7 @@ def _descent(
 
 @cache
 def _moves(options: int, is_thorough: bool) -> NDArray[np.int64]:
-    """One more, one less, and each swap of one for one (of few options, for two)."""
+    """One more, one less, each swap of one for one; of few options, if `is_thorough`, for two."""
     one = np.eye(options, dtype=np.int64)
     pairs = [(a, b) for a in range(options) for b in range(options) if a != b]
     swaps = [one[a] - one[b] for a, b in pairs]

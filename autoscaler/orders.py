@@ -25,13 +25,11 @@ def ordered(
     probes: Mapping[str, int],
     capacity: Mapping[str, float],
     ready_needed: float,
-    keep: float,
     settings: DampingSettings,
 ) -> tuple[Command, ...]:
     """Commands that turn `nodes` (those that stay) into `counts` by group, and try `probes`.
 
-    `capacity`: of a node, by group; `ready_needed` in the same unit must stay ready,
-    and `keep` of ready and starting together.
+    `capacity`: of a node, by group; `ready_needed` in the same unit must stay ready.
     """
     held = Counter(node.group for node in nodes)
     launches = [
@@ -43,8 +41,7 @@ def ordered(
         nodes, snapshot.replicas, surplus, snapshot.now_s, snapshot.groups, snapshot.machines,
         settings,
     )  # fmt: skip
-    firm = sum(capacity[g] * max(n - held[g], 0) for g, n in counts.items())
-    return (*launches, *_spared(going, nodes, capacity, ready_needed, keep - firm))
+    return (*launches, *_spared(going, nodes, capacity, ready_needed))
 
 
 def _launches(missing: Mapping[str, int], snapshot: Snapshot) -> list[Launch]:
@@ -63,26 +60,21 @@ def _spared(
     nodes: Sequence[Node],
     capacity: Mapping[str, float],
     ready_needed: float,
-    keep: float,
 ) -> list[Stop | Drain]:
-    """Those of `going` that the present, and the hold, can do without."""
+    """Those of `going` that the present can do without."""
     by_id = {node.id: node for node in nodes}
     ready = sum(capacity[node.group] for node in nodes if node.state is NodeState.READY)
     awaited = _awaited(nodes, capacity, ready_needed - ready)
     kept: list[Stop | Drain] = []
-    whole = sum(capacity[node.group] for node in nodes)
     for command in going:
         node = by_id[command.node]
         size = capacity[node.group]
-        if whole - size < keep - 1e-9:
-            continue
         if isinstance(command, Drain):
             if ready - size < ready_needed - 1e-9:
                 continue
             ready -= size
         elif node.id in awaited:
             continue
-        whole -= size
         kept.append(command)
     return kept
 

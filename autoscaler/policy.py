@@ -39,8 +39,6 @@ from autoscaler.snapshot import Group, MachineType, Market, Model, Node, NodeSta
 
 Floats = NDArray[np.float64]
 
-_PARTS = 1000  # damping counts in whole numbers
-
 SLACK_SHARE = 0.5
 """The part of the slack that a backlog may take: the rest is for its being worked off."""
 
@@ -68,15 +66,15 @@ class Settings:
     the base price of a late request, as a multiple of serving it on demand. `late_max`: more than
     this is never expected to be late by choice. `reaction_s`: from an event to the decision that
     answers it. `hold_factor`: for how many cold starts what is no longer needed is kept.
-    `late_tolerance`, `cost_tolerance`: how much worse, relatively, the fleet may be than the best
-    and still stay.
+    `cost_tolerance`, `late_tolerance`: the part of its rent, or of what its late requests cost, by
+    which the fleet may be worse than the best and still stay.
     """
 
     demand: DemandSettings = field(default_factory=DemandSettings)
     hazard: HazardSettings = field(default_factory=HazardSettings)
     damping: DampingSettings = field(default_factory=DampingSettings)
     interval_s: float = 15.0
-    use_s: float = 3600.0
+    use_s: float = 1800.0
     firm_probability: float = 0.5
     scenarios: int = 12
     thorough_every: int = 4
@@ -94,7 +92,7 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What Shoal remembers from decision to decision. `damping`: of the models' wishes; `holding`:
-    of the capacity that was chosen for each pool.
+    of the nodes that were chosen for each pool and group.
     """
 
     demand: DemandMemory
@@ -184,13 +182,13 @@ def decide(snapshot: Snapshot, memory: Memory | None, settings: Settings) -> Dec
     pools = _pooled(snapshot, wish, allowed, places, settings)
     survival, weight = _survival(snapshot, memory, places, settings)
     is_thorough = bool(snapshot.events) or memory.step % settings.thorough_every == 0
-    plans = [
+    wishes = [
         _chosen(pool, places, survival, weight, settings, is_thorough=is_thorough) for pool in pools
     ]
-    holding, keep = _held(snapshot, memory.holding, plans, settings)
+    holding, plans = _steadied(snapshot, memory.holding, wishes, settings)
     learned = demand.told_late(wish, snapshot, memory.demand, *_told(plans, wish))
     memory = Memory(learned, memory.hazard, damped, holding, memory.step + 1)
-    return _decision(snapshot, memory, wish, allowed, plans, keep, places, settings)
+    return _decision(snapshot, memory, wish, allowed, plans, places, settings)
 
 
 def _told(plans: Sequence[Plan], wish: Demand) -> tuple[Floats, Floats]:
@@ -211,7 +209,6 @@ def _decision(
     wish: Demand,
     allowed: Mapping[str, Mapping[int, int]],
     plans: Sequence[Plan],
-    keep: Mapping[str, float],
     places: Mapping[str, Place],
     settings: Settings,
 ) -> Decision[Memory]:
@@ -222,7 +219,7 @@ def _decision(
         pool = plan.pool
         commands += ordered(
             snapshot, pool.nodes, plan.choice.counts, plan.probes, pool.capacity,
-            pool.ready_needed, keep[pool.name], settings.damping,
+            pool.ready_needed, settings.damping,
         )  # fmt: skip
     counts = {name: count for name, count in groups.items() if count}
     unit = {row: _unit(row, plans, wish) for row in range(len(wish.models))}
@@ -325,21 +322,6 @@ def _damped(
         for machine in wish.wanted
     }
     return memory, allowed
-
-
-def _held(
-    snapshot: Snapshot, memory: DampingMemory, plans: Sequence[Plan], settings: Settings
-) -> tuple[DampingMemory, dict[str, float]]:
-    """The capacity, by pool, that was chosen at some time within the hold: it stays."""
-    chosen, holds = {}, {}
-    for plan in plans:
-        pool = plan.pool
-        capacity = sum(pool.capacity[g] * n for g, n in plan.choice.counts.items())
-        chosen[pool.name] = math.floor(capacity * _PARTS)
-        cold_s = snapshot.machines[pool.unit].cold_start_s
-        holds[pool.name] = settings.hold_factor * damping.break_even_hold_s(1.0, cold_s, 0.0)
-    memory, held = damping.damped(memory, chosen, snapshot.now_s, settings.damping, holds)
-    return memory, {name: parts / _PARTS for name, parts in held.items()}
 
 
 def _bounded(count: int, model: Model) -> int:
@@ -548,6 +530,41 @@ def _chosen(
     return Plan(pool, choice, firm, probes)
 
 
+def _steadied(
+    snapshot: Snapshot, memory: DampingMemory, plans: Sequence[Plan], settings: Settings
+) -> tuple[DampingMemory, list[Plan]]:
+    """The plans, but that ready nodes of a group stay until no plan within the hold has wanted
+    them: hazards and forecasts tremble, and a better place must be so for a whole cold start.
+    """
+    chosen, holds = {}, {}
+    for plan in plans:
+        cold_s = snapshot.machines[plan.pool.unit].cold_start_s
+        hold_s = settings.hold_factor * damping.break_even_hold_s(1.0, cold_s, 0.0)
+        for option in plan.problem.options:
+            key = f"{plan.pool.name}/{option.group}"
+            chosen[key], holds[key] = plan.choice.counts[option.group], hold_s
+    memory, held = damping.damped(memory, chosen, snapshot.now_s, settings.damping, holds)
+    return memory, [_kept(plan, held) for plan in plans]
+
+
+def _kept(plan: Plan, held: Mapping[str, int]) -> Plan:
+    """The plan with no ready node given up before its time."""
+    pool, problem, counts = plan.pool, plan.problem, plan.choice.counts
+    ready = Counter(n.group for n in pool.nodes if n.state is NodeState.READY)
+    least = {
+        o.group: max(o.count_min, min(ready[o.group], held[f"{pool.name}/{o.group}"]))
+        for o in problem.options
+    }
+    if all(counts[group] >= count for group, count in least.items()):
+        return plan
+    options = tuple(
+        replace(o, count_min=least[o.group], count_max=max(o.count_max, least[o.group]))
+        for o in problem.options
+    )
+    bound = replace(problem, options=options)
+    return replace(plan, problem=bound, choice=fleet.choose(bound, is_thorough=False))
+
+
 def _settled(problem: Problem, best: Choice, settings: Settings) -> Choice:
     """The fleet as it is, if it is nearly as good as the best: hazards and forecasts tremble, and
     each change costs a cold start.
@@ -555,9 +572,13 @@ def _settled(problem: Problem, best: Choice, settings: Settings) -> Choice:
     held = [option.held for option in problem.options]
     now = fleet.judged(problem, held)
     is_kept = all(h >= o.count_min for h, o in zip(held, problem.options, strict=True))
-    is_good = now.late <= max(best.late, problem.late_max) * (1 + settings.late_tolerance)
-    is_cheap = now.cost_usd_h <= best.cost_usd_h * (1 + settings.cost_tolerance)
-    return now if is_kept and is_good and is_cheap else best
+    harm_usd_h = problem.harm_usd_h * (now.late - best.late)
+    bearable_usd_h = max(
+        settings.cost_tolerance * best.cost_usd_h,
+        settings.late_tolerance * problem.harm_usd_h * best.late,
+    )
+    is_near = now.cost_usd_h + harm_usd_h <= best.cost_usd_h + bearable_usd_h
+    return now if is_kept and is_near and now.is_feasible >= best.is_feasible else best
 
 
 def _problem(
@@ -571,7 +592,7 @@ def _problem(
     with_probes: bool,
 ) -> Problem:
     need = float(pool.needs.capacity.max())
-    starting = _protected(pool, need)
+    starting = _protected(pool, places, need)
     names = [
         name
         for name in pool.capacity
@@ -603,13 +624,18 @@ def _problem(
     )
 
 
-def _protected(pool: Pool, need: float) -> Counter[str]:
-    """Starting nodes by group, which are not given up for a better place: the time that they have
-    been starting is lost with them. Where there is more than any need, they may go.
+def _protected(pool: Pool, places: Mapping[str, Place], need: float) -> Counter[str]:
+    """Starting nodes by group that are not given up for a better place: the time that they have
+    been starting is lost with them. As many as are more than any need may go, the dearest first.
     """
-    if sum(pool.capacity[node.group] for node in pool.nodes) > need:
-        return Counter()
-    return Counter(n.group for n in pool.nodes if n.state is NodeState.STARTING)
+    starting = Counter(n.group for n in pool.nodes if n.state is NodeState.STARTING)
+    spare = sum(pool.capacity[node.group] for node in pool.nodes) - need
+    for group in sorted(starting, key=lambda g: (-places[g].cost_usd_h / pool.capacity[g], g)):
+        size = max(pool.capacity[group], 1e-9)
+        freed = min(starting[group], max(math.floor(spare / size + 1e-9), 0))
+        starting[group] -= freed
+        spare -= freed * size
+    return starting
 
 
 def _option(

@@ -57,7 +57,7 @@ __all__ = ["MODEL", "Entry", "Rental", "Run", "simulate", "summary"]
 MODEL = "model"
 """The name of the one model of a simulation."""
 
-REPEATED_S = 300.0  # how much of the traffic the prelude repeats, back and forth
+REPEATED_S = 300.0  # how much of the traffic the prelude repeats
 BIN_S = 5.0  # about: bins of arrivals fill the time between two decisions
 WAKES_APART_S = 1.0
 HALF_LIFE_S = 3600.0  # of measured service times
@@ -585,7 +585,7 @@ def _entered(node: _Rented, prices: Prices) -> Rental:
 
 def _a_queue(world: World, machines: _Machines) -> tuple[kernel.Queue, int]:
     """The queue of all requests, and how many of them belong to the prelude."""
-    which, arrival_s = _prelude(world.requests, world.prelude_s)
+    which, arrival_s = _prelude(world.requests, world.prelude_s, world.seed)
     order = np.concatenate([which, np.arange(len(world.requests.arrival_s))])
     work = [world.work[name] for name in machines.names]
     queue = kernel.a_queue(
@@ -601,22 +601,14 @@ def _a_queue(world: World, machines: _Machines) -> tuple[kernel.Queue, int]:
     return queue, len(which)
 
 
-def _prelude(requests: Requests, prelude_s: float) -> tuple[Ints, Floats]:
-    """Which requests arrive when before 0: those of the first minutes, mirrored again and again, so
-    that the rate makes no jump.
+def _prelude(requests: Requests, prelude_s: float, seed: int) -> tuple[Ints, Floats]:
+    """Which requests arrive when before 0: those of the first minutes, again and again, at random
+    times. So their mean rate is that of the first minutes, and steady: what a trace does in its
+    first minutes is done once, after 0.
     """
     window_s = min(REPEATED_S, requests.duration_s)
-    if prelude_s <= 0 or window_s <= 0:
-        return np.empty(0, np.int64), np.empty(0)
     count = int(np.searchsorted(requests.arrival_s, window_s))
-    first, there = np.arange(count), requests.arrival_s[:count]
-    which: list[Ints] = []
-    arrival_s: list[Floats] = []
-    for turn in range(math.ceil(prelude_s / window_s), 0, -1):
-        is_back = turn % 2 == 1  # the last turn before 0 runs backwards
-        which.append(first[::-1] if is_back else first)
-        within_s = (window_s - there)[::-1] if is_back else there
-        arrival_s.append(within_s - turn * window_s)
-    times_s = np.concatenate(arrival_s)
-    kept = (times_s >= -prelude_s) & (times_s < 0)  # a sum may be rounded up to 0
-    return np.concatenate(which)[kept], times_s[kept]
+    whole = math.ceil(count * prelude_s / window_s) if window_s > 0 else 0
+    rng = np.random.default_rng([seed, 3])
+    arrival_s = np.sort(rng.uniform(-prelude_s, 0.0, whole))
+    return np.arange(whole) % max(count, 1), arrival_s

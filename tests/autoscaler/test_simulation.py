@@ -452,15 +452,16 @@ def test_nothing_of_the_prelude_is_counted_and_its_nodes_are_handed_over() -> No
     assert run.cost_usd == pytest.approx(2 * 600 / 3600)
 
 
-def test_the_prelude_repeats_the_traffic_of_the_first_minutes() -> None:
-    world = a_small_world(requests=requests_when([7.0, 13.0, 299.0, 301.0]), prelude_s=450.0)
+def test_the_prelude_repeats_the_traffic_of_the_first_minutes_at_their_mean_rate() -> None:
+    world = a_small_world(
+        requests=requests_when([*np.arange(0.5, 300), 301.0]), prelude_s=900.0, seed=3
+    )
     script = Script()
     simulate(world, script)
-    counts = {s.now_s: sum(s.models[0].traffic.arrivals) for s in script.seen if s.now_s < 0}
-    assert {t for t, n in counts.items() if n} == {-300.0, -290.0, -280.0}
-    assert (
-        sum(counts.values()) == 3.0
-    )  # -301 in one repetition; -293, -287 in the next; -1 is seen at 0
+    seen = {s.now_s: sum(s.models[0].traffic.arrivals) for s in script.seen if s.now_s <= 0}
+    by_third = [sum(n for t, n in seen.items() if a < t <= a + 300) for a in (-900, -600, -300)]
+    assert sum(by_third) == 900
+    assert all(abs(n - 300) < 4 * 300**0.5 for n in by_third)
 
 
 def test_without_a_prelude_the_policy_is_first_asked_at_zero() -> None:

@@ -11,7 +11,7 @@ that matches the share that may be late. Prices, markets and what runs already p
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -225,18 +225,23 @@ def told_late(
     """`memory` with what is predicted: the late share that the replicas which are ready now should
     show, and those [M] of the fleet that was chosen, in calm times and what shocks add.
     """
+    ready = _ready_by_machine(snapshot)
     late = np.array(
         [
-            _late_now(model, snapshot, float(rate))
+            _late_now(model, ready.get(model.name, {}), float(rate))
             for model, rate in zip(snapshot.models, demand.rate_rps, strict=True)
         ]
     )
     return replace(memory, late_told=late, told_calm=calm, told_shock=shock)
 
 
-def _late_now(model: Model, snapshot: Snapshot, rate_rps: float) -> float:
-    ready = _ready_by_machine(snapshot).get(model.name, {})
-    kinds = [(model.curves[machine], count) for machine, count in ready.items()]
+def _late_now(model: Model, ready: Mapping[str, int], rate_rps: float) -> float:
+    """`ready`: replicas by machine type."""
+    kinds = [
+        (model.curves[machine], count)
+        for machine, count in ready.items()
+        if machine in model.curves
+    ]
     if len(kinds) == 1:
         curve, count = kinds[0]
         return float(queueing.late_fraction(rate_rps, count, curve, model.slo.latency_ms))
@@ -282,7 +287,9 @@ class _Sizing:
         they ask for more than what arrives does. While nothing has ever been ready, none.
         """
         servers = _servers(snapshot)
-        until_s = snapshot.now_s + min(m.cold_start_s for m in snapshot.machines.values())
+        until_s = snapshot.now_s + min(
+            (m.cold_start_s for m in snapshot.machines.values()), default=0.0
+        )
         excess = np.zeros(len(self.models))
         for row, model in enumerate(self.models):
             rate = float(self.told.rate_mean[row, 0])
@@ -374,16 +381,16 @@ def _ready_by_machine(snapshot: Snapshot) -> dict[str, Counter[str]]:
         for node in snapshot.nodes
         if node.state is not NodeState.DRAINING
     }
-    ready: dict[str, Counter[str]] = {}
+    ready: dict[str, Counter[str]] = defaultdict(Counter)
     for replica in snapshot.replicas:
         if replica.is_ready and replica.node in machine:
-            ready.setdefault(replica.model, Counter())[machine[replica.node]] += 1
+            ready[replica.model][machine[replica.node]] += 1
     return ready
 
 
 def _slack_s(model: Model) -> float:
     """How long nine requests in ten may wait: the SLO less the service that 90 % stay below."""
-    slow_ms = max(_service_p90_ms(curve) for curve in model.curves.values())
+    slow_ms = max((_service_p90_ms(curve) for curve in model.curves.values()), default=0.0)
     return max(model.slo.latency_ms - slow_ms, 0.0) / 1e3
 
 

@@ -175,20 +175,51 @@ def decide(snapshot: Snapshot, memory: Memory | None, settings: Settings) -> Dec
     """The decision for `snapshot`. `memory` is what the last one returned, None the first time."""
     memory = _observed(snapshot, memory, settings)
     if not snapshot.models:
-        return Decision(memory)
+        return Decision(memory, commands=_leftover(snapshot, (), settings))
     wish = demand.demanded(snapshot, memory.demand, settings.demand)
     places = _places(snapshot, memory.hazard, settings)
     damped, allowed = _damped(snapshot, memory.damping, wish, settings)
     pools = _pooled(snapshot, wish, allowed, places, settings)
     survival, weight = _survival(snapshot, memory, places, settings)
     is_thorough = bool(snapshot.events) or memory.step % settings.thorough_every == 0
-    wishes = [
-        _chosen(pool, places, survival, weight, settings, is_thorough=is_thorough) for pool in pools
-    ]
+    wishes: list[Plan] = []
+    left = places
+    for pool in pools:
+        plan = _chosen(pool, left, survival, weight, settings, is_thorough=is_thorough)
+        wishes.append(plan)
+        left = _less(left, plan)
     holding, plans = _steadied(snapshot, memory.holding, wishes, settings)
     learned = demand.told_late(wish, snapshot, memory.demand, *_told(plans, wish))
     memory = Memory(learned, memory.hazard, damped, holding, memory.step + 1)
     return _decision(snapshot, memory, wish, allowed, plans, places, settings)
+
+
+def _less(places: Mapping[str, Place], plan: Plan) -> dict[str, Place]:
+    """What there is for the next pool: no two are promised the same nodes."""
+    held = Counter(node.group for node in plan.pool.nodes)
+    asked = Counter(plan.probes)
+    for group, count in plan.choice.counts.items():
+        asked[group] += max(count - held[group], 0)
+    return {
+        name: replace(place, free=max(place.free - asked[name], 0.0)) if asked[name] else place
+        for name, place in places.items()
+    }
+
+
+def _leftover(snapshot: Snapshot, plans: Sequence[Plan], settings: Settings) -> tuple[Command, ...]:
+    """What to do with nodes that no pool counts (their model is gone, or moved to another machine
+    type): they go, once every pool has what must be ready.
+    """
+    counted = {node.id for plan in plans for node in plan.pool.nodes}
+    nodes = [n for n in snapshot.nodes if is_staying(n) and n.id not in counted]
+    is_served = all(
+        sum(p.capacity[n.group] for n in p.nodes if n.state is NodeState.READY) >= p.ready_needed
+        for p in (plan.pool for plan in plans)
+    )
+    if not nodes or not is_served:
+        return ()
+    size = dict.fromkeys(snapshot.groups, 1.0)
+    return ordered(snapshot, nodes, {}, {}, size, 0.0, settings.damping)
 
 
 def _told(plans: Sequence[Plan], wish: Demand) -> tuple[Floats, Floats]:
@@ -221,6 +252,7 @@ def _decision(
             snapshot, pool.nodes, plan.choice.counts, plan.probes, pool.capacity,
             pool.ready_needed, settings.damping,
         )  # fmt: skip
+    commands += _leftover(snapshot, plans, settings)
     counts = {name: count for name, count in groups.items() if count}
     unit = {row: _unit(row, plans, wish) for row in range(len(wish.models))}
     rates = {name: place.shock_rate_per_h for name, place in places.items()}
@@ -360,28 +392,38 @@ def _pooled(
         for row, by_machine in enumerate(shares)
         if is_alone and by_machine and min(by_machine.values()) > DEDICATED_SHARE
     ]
-    staying = [n for n in snapshot.nodes if is_staying(n)]
-    owner = {replica.node: replica.model for replica in snapshot.replicas}
     pools = []
+    owned, free = _owned(snapshot, [wish.models[row].name for row in alone])
+    is_only = len(alone) == sum(bool(by_machine) for by_machine in shares) == 1
     for row in alone:
-        name = wish.models[row].name
-        mine = [n for n in staying if owner.get(n.id, name if len(alone) == 1 else "") == name]
-        pools.append(_alone(row, tuple(shares[row]), mine, snapshot, wish, allowed, places))
+        mine, machines = owned[wish.models[row].name], tuple(shares[row])
+        fits = [n for n in free if snapshot.groups[n.group].machine in shares[row]]
+        short = max(allowed[machines[0]][row] - len(mine), 0)
+        mine += fits if is_only else fits[:short]
+        taken = {n.id for n in mine}
+        free = [n for n in free if n.id not in taken]
+        pools.append(_alone(row, machines, mine, snapshot, wish, allowed, places))
     chosen = {
         row: _machine_for(row, by_machine, wish, places)
         for row, by_machine in enumerate(shares)
         if row not in alone and by_machine
     }
-    lone_names = {wish.models[row].name for row in alone}
     for machine in sorted(set(chosen.values())):
         rows = tuple(row for row, taken in chosen.items() if taken == machine)
-        mine = [
-            n
-            for n in staying
-            if snapshot.groups[n.group].machine == machine and owner.get(n.id) not in lone_names
-        ]
+        mine = [n for n in free if snapshot.groups[n.group].machine == machine]
         pools.append(_shared(machine, rows, shares, mine, snapshot, wish, allowed, places))
     return pools
+
+
+def _owned(snapshot: Snapshot, names: Sequence[str]) -> tuple[dict[str, list[Node]], list[Node]]:
+    """The staying nodes of the models of these names, and all others."""
+    owner = {replica.node: replica.model for replica in snapshot.replicas}
+    owned: dict[str, list[Node]] = {name: [] for name in names}
+    free: list[Node] = []
+    for node in snapshot.nodes:
+        if is_staying(node):
+            owned.get(owner.get(node.id, ""), free).append(node)
+    return owned, free
 
 
 def is_staying(node: Node) -> bool:
@@ -578,7 +620,7 @@ def _settled(problem: Problem, best: Choice, settings: Settings) -> Choice:
         settings.late_tolerance * problem.harm_usd_h * best.late,
     )
     is_near = now.cost_usd_h + harm_usd_h <= best.cost_usd_h + bearable_usd_h
-    return now if is_kept and is_near and now.is_feasible >= best.is_feasible else best
+    return now if is_kept and is_near and best.is_feasible and now.is_feasible else best
 
 
 def _problem(

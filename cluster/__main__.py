@@ -31,7 +31,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 )
 for function in _COMMANDS:
     app.command()(function)
-for function in (simulate.simulate, simulate.what_if):
+for function in (simulate.simulate, simulate.what_if, simulate.generate):
     app.command(**simulate.HANDED_ON)(function)
 app.add_typer(keys.app, name="keys")
 

@@ -1,4 +1,4 @@
-"""`shoal simulate` and `shoal what-if`: the autoscaler in recorded markets, without a cluster.
+"""`shoal simulate`, `what-if`, `generate`: the autoscaler in recorded markets, without a cluster.
 
 The options are the autoscaler's own (`python -m autoscaler`), handed on as they are, so that there
 is one description of them; `--help` after a command shows it.
@@ -25,6 +25,11 @@ def simulate(context: typer.Context) -> None:
 def what_if(context: typer.Context) -> None:
     """Make recorded decisions again with other settings, prices or objectives."""
     _hand_on("what-if", context)
+
+
+def generate(context: typer.Context) -> None:
+    """Make requests, a market and a profile that fit each other, to simulate with."""
+    _hand_on("generate", context)
 
 
 def _hand_on(name: str, context: typer.Context) -> None:

@@ -46,7 +46,7 @@ HOURS = 0.25
 
 @pytest.fixture
 def traces(tmp_path: Path) -> Path:
-    """Half a day of a request every two seconds, and a market of one zone that fails now and then."""
+    """Half a day of a request every two seconds; a market of one zone that fails now and then."""
     folder = tmp_path / "traces"
     (folder / "requests").mkdir(parents=True)
     (folder / "spot" / "market").mkdir(parents=True)

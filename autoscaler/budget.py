@@ -8,10 +8,10 @@ be late:
 
     planned = (1 − attainment) · (1 − margin)
     reserve = (planned · seen − late) / (planned · rate)
-    price   = base · exp(−reserve / patience)
+    price   = base · exp(1 − reserve / patience)
 
-What was saved makes lateness cheap until it is spent, what was overspent makes it dear until it is
-paid back. (The price is the multiplier of a constraint on an average, found by dual ascent: Neely,
+What is new begins careful; what was saved makes lateness cheap until it is spent, what was
+overspent makes it dear until it is paid back. (The price is the multiplier of a constraint on an average, found by dual ascent: Neely,
 Stochastic Network Optimization, 2010, ch. 4; error budgets: Beyer et al., Site Reliability
 Engineering, 2016, ch. 3.) Counts are forgotten slowly, so that a calm month is no licence for a bad
 day.
@@ -32,7 +32,7 @@ class BudgetSettings:
     """`margin`: the part of the budget that is never planned to be spent. `patience_s`: the reserve
     that makes the price fall to 1/e; less while less has been seen, `patience_part` of that time
     but `patience_min_s` at least (a step size that shrinks with time). The price stays between
-    1 / `multiple_max` and `multiple_max` of its base. `window_s`: after which what happened counts
+    `multiple_min` and `multiple_max` of its base. `window_s`: after which what happened counts
     1/e.
     """
 
@@ -40,7 +40,8 @@ class BudgetSettings:
     patience_s: float = 3 * 3600.0
     patience_min_s: float = 1800.0
     patience_part: float = 0.25
-    multiple_max: float = 5.0
+    multiple_min: float = 0.2
+    multiple_max: float = 20.0
     window_s: float = 7 * 86400.0
 
 
@@ -90,8 +91,8 @@ def price(budget: Budget, rate_rps: Floats, attainment: Floats, settings: Budget
         settings.patience_part * seen_s, settings.patience_min_s, settings.patience_s
     )
     saved = reserve_s(budget, rate_rps, attainment, settings) / patience_s
-    most = np.log(settings.multiple_max)
-    multiple: Floats = np.exp(-np.clip(saved, -most, most))
+    least, most = np.log(settings.multiple_min), np.log(settings.multiple_max)
+    multiple: Floats = np.exp(np.clip(1.0 - saved, least, most))
     return multiple
 
 

@@ -200,9 +200,13 @@ def _parser(program: str) -> argparse.ArgumentParser:
         prog=program, description="Decide fleets in recorded or invented markets."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_simulate(commands.add_parser("simulate", help=simulate.__doc__))
-    _add_what_if(commands.add_parser("what-if", help=what_if.__doc__))
-    _add_generate(commands.add_parser("generate", help=generate.__doc__))
+    _add_simulate(
+        commands.add_parser("simulate", help=simulate.__doc__, description=simulate.__doc__)
+    )
+    _add_what_if(commands.add_parser("what-if", help=what_if.__doc__, description=what_if.__doc__))
+    _add_generate(
+        commands.add_parser("generate", help=generate.__doc__, description=generate.__doc__)
+    )
     return parser
 
 

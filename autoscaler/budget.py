@@ -8,10 +8,10 @@ be late:
 
     planned = (1 − attainment) · (1 − margin)
     reserve = (planned · seen − late) / (planned · rate)
-    price   = base · exp(1 − reserve / patience)
+    price   = base · exp(−reserve / patience)
 
-What is new begins careful; what was saved makes lateness cheap until it is spent, what was
-overspent makes it dear until it is paid back. (The price is the multiplier of a constraint on an average, found by dual ascent: Neely,
+What was saved makes lateness cheap until it is spent, what was overspent makes it dear until it is
+paid back. (The price is the multiplier of a constraint on an average, found by dual ascent: Neely,
 Stochastic Network Optimization, 2010, ch. 4; error budgets: Beyer et al., Site Reliability
 Engineering, 2016, ch. 3.) Counts are forgotten slowly, so that a calm month is no licence for a bad
 day.
@@ -40,8 +40,8 @@ class BudgetSettings:
     patience_s: float = 3 * 3600.0
     patience_min_s: float = 1800.0
     patience_part: float = 0.25
-    multiple_min: float = 0.2
-    multiple_max: float = 20.0
+    multiple_min: float = 0.075
+    multiple_max: float = 7.5
     window_s: float = 7 * 86400.0
 
 
@@ -92,7 +92,7 @@ def price(budget: Budget, rate_rps: Floats, attainment: Floats, settings: Budget
     )
     saved = reserve_s(budget, rate_rps, attainment, settings) / patience_s
     least, most = np.log(settings.multiple_min), np.log(settings.multiple_max)
-    multiple: Floats = np.exp(np.clip(1.0 - saved, least, most))
+    multiple: Floats = np.exp(np.clip(-saved, least, most))
     return multiple
 
 

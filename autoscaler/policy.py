@@ -83,7 +83,7 @@ class Settings:
     thorough_every: int = 4
     joint_max: int = 4
     zone_fraction_max: float = 1.0
-    harm_factor: float = 0.5
+    harm_factor: float = 1.35
     late_max: float = 0.3
     reaction_s: float = 5.0
     hold_factor: float = 1.0

@@ -12,7 +12,7 @@ that matches the share that may be late. Prices, markets and what runs already p
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from autoscaler.snapshot import (
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Predict = Callable[[ForecastMemory, Sequence[float]], Forecast]
 R = TypeVar("R", Dispersion, Residual, Calibration)
 
 MODELS_FEW = 8
@@ -185,14 +186,22 @@ def _charged(
     )  # fmt: skip
 
 
-def demanded(snapshot: Snapshot, memory: DemandMemory, settings: DemandSettings) -> Demand:
-    """The needs of all models of `snapshot`, which must be those that `memory` has observed."""
+def demanded(
+    snapshot: Snapshot,
+    memory: DemandMemory,
+    settings: DemandSettings,
+    predict: Predict = forecast.predict,
+) -> Demand:
+    """The needs of all models of `snapshot`, which must be those that `memory` has observed.
+
+    `predict`: the forecast; another one is for asking what a better one would be worth.
+    """
     models = snapshot.models
     horizons = {
         name: m.cold_start_s * (1 + m.cold_start_cv) for name, m in snapshot.machines.items()
     }
     times = tuple(sorted({0.0, *horizons.values()}))
-    told = forecast.predict(memory.forecast, times)
+    told = predict(memory.forecast, times)
     attainment = np.array([model.slo.attainment for model in models])
     rate = told.rate_mean[:, 0]
     planned = budget.planned_share(attainment, settings.budget)

@@ -26,10 +26,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoscaler import damping, demand, fleet, hazard
+from autoscaler import damping, demand, fleet, forecast, hazard
 from autoscaler.damping import DampingMemory, DampingSettings
 from autoscaler.decision import Command, Decision, Expected, Launch
-from autoscaler.demand import Demand, DemandMemory, DemandSettings
+from autoscaler.demand import Demand, DemandMemory, DemandSettings, Predict
 from autoscaler.explanation import because, reason_for, rejected
 from autoscaler.fleet import Choice, Needs, Option, Problem, Shocks
 from autoscaler.hazard import HazardMemory, HazardSettings
@@ -176,12 +176,20 @@ class Plan:
     probes: Mapping[str, int]
 
 
-def decide(snapshot: Snapshot, memory: Memory | None, settings: Settings) -> Decision[Memory]:
-    """The decision for `snapshot`. `memory` is what the last one returned, None the first time."""
+def decide(
+    snapshot: Snapshot,
+    memory: Memory | None,
+    settings: Settings,
+    predict: Predict = forecast.predict,
+) -> Decision[Memory]:
+    """The decision for `snapshot`. `memory` is what the last one returned, None the first time.
+
+    `predict`: the forecast; another one is for asking what a better one would be worth.
+    """
     memory = _observed(snapshot, memory, settings)
     if not snapshot.models:
         return Decision(memory, commands=_leftover(snapshot, (), settings))
-    wish = demand.demanded(snapshot, memory.demand, settings.demand)
+    wish = demand.demanded(snapshot, memory.demand, settings.demand, predict)
     places = _places(snapshot, memory.hazard, settings)
     damped, allowed = _damped(snapshot, memory.damping, wish, settings)
     pools = _pooled(snapshot, wish, allowed, places, settings)

@@ -5,6 +5,7 @@
              ─► damped     what of that the cluster follows                   damping
              ─► pooled     which models share machines, in which groups       packing
              ─► chosen     nodes by group, at the least expected cost         fleet
+                steadied   no better place before it was better for a while   damping
              ─► ordered    launches, drains and stops, and why                orders, explanation
 
 A model whose replica fills a machine is decided on by itself, over all machine types at once; the
@@ -455,7 +456,7 @@ def _machine_for(
         )
         for name in shares
     }
-    return min(shares, key=lambda m: (prices[m] * shares[m] * int(wish.wanted[m][row]), m))
+    return min(shares, key=lambda m: (prices[m] * shares[m] * max(int(wish.wanted[m][row]), 1), m))
 
 
 def _alone(

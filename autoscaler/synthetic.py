@@ -37,7 +37,7 @@ EXAMPLE_PROFILE = Profile(
         ),
     )
 )
-"""A language model on one V100, as in examples/profiles/llm-v100.yaml."""
+"""A language model on one V100, as in autoscaler/profiles/llm-v100.yaml."""
 
 UP_SHAPE, DOWN_SHAPE = 0.6, 0.8
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from autoscaler.experiment import Experiment
 
 ROOT = Path(__file__).parents[2]
-PROFILES = ROOT / "examples" / "profiles"
+PROFILES = ROOT / "autoscaler" / "profiles"
 TRACES = ROOT.parent / "shared" / "traces"
 
 WINDOWS = 10

@@ -14,7 +14,7 @@ from autoscaler.synthetic import EXAMPLE_PROFILE
 from autoscaler.world import Profile, ProfileMachine, ServiceTime
 from tests.source import ROOT
 
-EXAMPLES = sorted((ROOT / "examples" / "profiles").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "autoscaler" / "profiles").glob("*.yaml"))
 
 WHOLE = """
 machines:
@@ -119,7 +119,7 @@ def test_the_examples_are_profiles(path: Path) -> None:
 
 
 def test_the_generated_profile_is_the_example() -> None:
-    assert read_profile(ROOT / "examples" / "profiles" / "llm-v100.yaml") == EXAMPLE_PROFILE
+    assert read_profile(ROOT / "autoscaler" / "profiles" / "llm-v100.yaml") == EXAMPLE_PROFILE
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,7 @@ from examples import build
 from examples.send import REQUESTS, holds
 
 FOLDER = Path(build.__file__).parent
-
-
-def model_files() -> list[Path]:
-    """Every example but the profiles, which tell a simulation what machines can do."""
-    return sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "profiles")
-
-
-MODELS = {m.name: m for m in map(read_model_file, model_files())}
+MODELS = {m.name: m for m in map(read_model_file, sorted(FOLDER.rglob("*.yaml")))}
 TENSOR_MODELS = [name for name, m in MODELS.items() if m.versions["1"].runtime != "vllm"]
 
 
